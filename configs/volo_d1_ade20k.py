@@ -1,0 +1,23 @@
+"""VOLO-D1 + UperNet on ADE20K, crop 512 x 512, batch 16 (8 GPUs), 160k iterations. Not trained yet.
+
+tools/dist_train.sh configs/volo_d1_ade20k.py 8
+"""
+
+_base_ = [
+    './_base_/upernet_volo.py',
+    './_base_/ade20k.py',
+    './_base_/schedule_160k.py',
+    './_base_/runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size={{_base_.crop_size}}),
+    backbone=dict(
+        img_size={{_base_.crop_size}},
+        # The largest resolution released for D1 suits the crop best.
+        init_cfg=dict(type='Pretrained', checkpoint='timm://volo_d1_384.sail_in1k'),
+    ),
+    decode_head=dict(num_classes=150),
+    auxiliary_head=dict(num_classes=150),
+    # Windows as in training; the paper gives no stride, 341 is LV-ViT's at this crop.
+    test_cfg=dict(mode='slide', crop_size={{_base_.crop_size}}, stride=(341, 341)),
+)

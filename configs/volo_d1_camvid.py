@@ -1,0 +1,29 @@
+"""VOLO-D1 + UperNet on CamVid-11, the example for data of your own: crop 352 x 480, batch 16, one GPU, 8k iterations.
+
+python tools/train.py configs/volo_d1_camvid.py
+To use your own data set: copy this file and _base_/camvid.py, then change the data set, its classes and the sizes.
+"""
+
+_base_ = [
+    './_base_/upernet_volo.py',
+    './_base_/camvid.py',
+    './_base_/schedule_160k.py',
+    './_base_/runtime.py',
+]
+model = dict(
+    data_preprocessor=dict(size={{_base_.crop_size}}),
+    backbone=dict(
+        img_size={{_base_.crop_size}},
+        init_cfg=dict(type='Pretrained', checkpoint='timm://volo_d1_384.sail_in1k'),
+    ),
+    decode_head=dict(num_classes=11),
+    auxiliary_head=dict(num_classes=11),
+)
+max_iters = 8000
+warmup_iters = 400
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=warmup_iters),
+    dict(type='PolyLR', eta_min=5e-6, power=1.0, by_epoch=False, begin=warmup_iters, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=1000)
+default_hooks = dict(checkpoint=dict(interval=1000))

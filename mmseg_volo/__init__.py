@@ -1,0 +1,21 @@
+"""Semantic segmentation with VOLO on MMSegmentation: importing this package registers what it adds to mmseg."""
+
+from .checkpoint import CheckpointError
+from .data.datasets import CamVidDataset
+
+from .necks import VOLOPyramid
+from .runner import BFloat16OptimWrapper, VOLORunner
+from .version import __version__
+from .volo import ARCHS, VOLO
+
+__all__ = [
+    'ARCHS',
+    'VOLO',
+    'BFloat16OptimWrapper',
+    'CamVidDataset',
+    'CheckpointError',
+
+    'VOLOPyramid',
+    'VOLORunner',
+    '__version__',
+]

@@ -1,0 +1,282 @@
+"""Checkpoints: read without running code, and official or timm VOLO weights put into the backbone.
+
+Importing this module registers the safe readers with mmengine's :class:`CheckpointLoader`, for local files, URLs and
+``timm://`` names. Every entry that goes through it (``init_model``, ``MMSegInferencer``, ``load_from``, ``--resume``,
+``init_cfg``) then refuses a file that holds anything but tensors and plain data, where mmengine itself would read such
+a file a second time and run it.
+"""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+# What belongs to the ImageNet classifier alone; everything else in a file must find its place in the backbone.
+CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
+# Files name their weights so; an exponential moving average comes first, as in timm.
+STATE_KEYS = ('state_dict_ema', 'state_dict')
+TIMM_NAMES = 'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, ' \
+    'volo_d5_224, volo_d5_448, volo_d5_512'
+MapLocation = str | torch.device | Callable | None
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file, what was expected and what was found."""
+
+
+def _safe_globals() -> list:
+    """What mmengine's checkpoints hold besides tensors: log histories and NumPy numbers. Nothing that runs code."""
+    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    kinds = {type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1')}
+    names = [(multiarray.scalar, 'numpy.core.multiarray.scalar')]
+    names += [(multiarray._reconstruct, 'numpy.core.multiarray._reconstruct')]
+    return [multiarray.scalar, multiarray._reconstruct, np.ndarray, np.dtype, slice, HistoryBuffer, *kinds, *names]
+
+
+@CheckpointLoader.register_scheme(prefixes='', force=True)
+def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
+    """Read a ``.pth``, ``.pth.tar`` or ``.safetensors`` file.
+
+    Args:
+        filename: path of the file.
+        map_location: where tensors go, as in :func:`torch.load`.
+
+    Returns:
+        The file's dict; bare weights come back as ``dict(state_dict=..., meta={})``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is cut off or broken, holds objects that would run code, or holds no dict.
+    """
+    path = Path(filename).expanduser()
+    if not path.is_file():
+        kind = 'is a folder' if path.is_dir() else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {filename} {kind}; expected a .pth, .pth.tar or .safetensors file')
+    if path.suffix == '.safetensors':
+        content = _read_safetensors(path, map_location)
+    else:
+        content = _read_torch(path, map_location)
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path}: expected a dict of weights, found {type(content).__name__}')
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        return dict(state_dict=content, meta={})
+    return content
+
+
+def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
+
+
+_BROKEN = 'the file is cut off or is no checkpoint; copy or download it again'
+
+
+def _read_torch(path: Path, map_location: MapLocation):
+    if path.stat().st_size == 0:
+        raise CheckpointError(f'{path}: the file is empty; copy or download it again')
+    try:
+        with torch.serialization.safe_globals(_safe_globals()):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if 'Unsupported' in reason or 'GLOBAL' in reason or 'global' in reason:
+            what = next((line.strip() for line in reason.splitlines() if 'GLOBAL' in line or 'Unsupported' in line), '')
+            raise CheckpointError(
+                f'{path}: refused, because it holds more than tensors and plain data and could run code when read: '
+                f'{what} Save the weights alone (torch.save(model.state_dict(), ...)) or as .safetensors.'
+            ) from error
+        raise CheckpointError(f'{path}: {_BROKEN} ({reason.splitlines()[0] if reason else "unreadable"})') from error
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f'{path}: {_BROKEN} ({first})') from error
+
+
+@CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
+def load_from_http(url: str, map_location: MapLocation = None) -> dict:
+    """Download a checkpoint once into torch's hub cache, then read it like a local file.
+
+    Raises:
+        CheckpointError: the download failed, or as :func:`load_from_local`.
+    """
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
+    # The main process downloads for everybody; a node with a disk of its own does it itself after that.
+    try:
+        if is_main_process():
+            _download(url, path)
+    finally:
+        barrier()
+    _download(url, path)
+    return load_from_local(str(path), map_location)
+
+
+def _download(url: str, path: Path) -> None:
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hash_in_name = torch.hub.HASH_REGEX.search(path.name)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_in_name[1] if hash_in_name else None, progress=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f'{url}: the download failed ({error}). Fetch the file by hand and give its path instead.'
+        ) from error
+
+
+@CheckpointLoader.register_scheme(prefixes='timm://', force=True)
+def load_from_timm(name: str, map_location: MapLocation = None) -> dict:
+    """Read the weights of a timm model, as ``timm://volo_d4_448.sail_in1k``, from the Hugging Face hub or its cache.
+
+    Raises:
+        CheckpointError: timm knows no such weights, or they can be had neither from the hub nor from the cache.
+    """
+    from huggingface_hub import hf_hub_download
+    from timm.models import get_pretrained_cfg
+
+    name = name.removeprefix('timm://')
+    config = get_pretrained_cfg(name, allow_unregistered=False) if '.' in name else None
+    if config is None or not config.hf_hub_id:
+        raise CheckpointError(
+            f'timm://{name}: timm has no such weights; expected timm://MODEL.sail_in1k with MODEL one of {TIMM_NAMES}'
+        )
+    try:
+        path = hf_hub_download(config.hf_hub_id, 'model.safetensors')
+    except Exception as error:  # the hub client raises errors of several libraries, none shared
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f'timm://{name}: could not fetch {config.hf_hub_id}/model.safetensors ({first}). Fetch it by hand, or an '
+            f'official .pth.tar, and give its path instead.'
+        ) from error
+    return load_from_local(path, map_location)
+
+
+def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
+    """The weights of a VOLO, by their official names, out of what a file holds.
+
+    Args:
+        content: the file's dict: ``state_dict_ema``, ``state_dict`` or bare weights, of a classifier or a segmentor.
+        source: the file's name, for the error.
+
+    Returns:
+        Name to tensor, without ``module.`` (data parallel) or ``backbone.`` (segmentor) in front.
+
+    Raises:
+        CheckpointError: no weights, or not those of a VOLO.
+    """
+    key = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
+    state = content[key] if key else content
+    state = {str(name).removeprefix('module.'): value for name, value in state.items()}
+    if any(name.startswith('backbone.') for name in state):
+        state = {name.removeprefix('backbone.'): v for name, v in state.items() if name.startswith('backbone.')}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not {'patch_embed.conv.0.weight', 'network.0.0.attn.attn.weight'} <= tensors.keys():
+        found = ', '.join(list(map(str, state))[:4]) or 'nothing'
+        raise CheckpointError(
+            f'{source}: expected the weights of a VOLO (patch_embed.conv.0.weight, network.0.0.attn.attn.weight, ...), '
+            f'found {found}, ...'
+        )
+    return tensors
+
+
+def describe(state: dict[str, torch.Tensor]) -> str:
+    """In words, which VOLO a state dict belongs to: 'VOLO-D3 (blocks 8-8-16-4, widths 256/512)'."""
+    from .volo import ARCHS
+
+    blocks: dict[int, set[str]] = {}
+    for name in state:
+        parts = name.split('.')
+        if parts[0] == 'network' and len(parts) > 3 and parts[2].isdigit():
+            blocks.setdefault(int(parts[1]), set()).add(parts[2])
+    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    widths = [state['patch_embed.proj.weight'].shape[0]] if 'patch_embed.proj.weight' in state else []
+    if 'network.1.proj.weight' in state:
+        widths.append(state['network.1.proj.weight'].shape[0])
+    numbers = f'blocks {"-".join(map(str, depths))}, widths {"/".join(map(str, widths))}'
+    for arch, spec in ARCHS.items():
+        if depths == spec['depths'] and widths == [spec['dims'][0], spec['dims'][1]]:
+            return f'VOLO-{arch.upper()} ({numbers})'
+    return f'a VOLO with {numbers}'
+
+
+def load_backbone(backbone: nn.Module, source: str) -> None:
+    """Put pretrained VOLO weights into a :class:`~mmseg_volo.volo.VOLO`.
+
+    Only the classifier's own weights may be left out, and those of stages and norms that ``backbone`` was built
+    without. Only the LayerNorms of the levels before the last, which no classifier has, may be missing. A log line
+    says both. ``pos_embed`` is resized to the backbone's image size.
+
+    Args:
+        backbone: the VOLO to fill.
+        source: a path, a URL or ``timm://MODEL.TAG``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: a broken or unsafe file, no VOLO, or the weights of another variant. The backbone is then
+            unchanged.
+    """
+    state = volo_state_dict(CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='current'), source)
+    own = backbone.state_dict()
+    classifier = [name for name in state if name.startswith(CLASSIFIER)]
+    # A backbone that ends early, or gives raw outputs, has no place for these and does not need them.
+    unbuilt = [name for name in state if name not in own and name not in classifier and _beyond(name, backbone)]
+    used = {name: value for name, value in state.items() if name not in {*classifier, *unbuilt}}
+
+    strange = [name for name in used if name not in own]
+    missing = [name for name in own if name not in used and not _may_miss(name)]
+    unlike = [name for name in used if name in own and not _fits(name, used[name], own[name])]
+    if strange or missing or unlike:
+        raise CheckpointError(
+            f'{source}: expected weights of {describe(own)}, found {describe(state)}'
+            + _listed('missing', missing)
+            + _listed('unknown', strange)
+            + ''.join(f'; {n} is {tuple(used[n].shape)}, expected {tuple(own[n].shape)}' for n in unlike[:3])
+        )
+    new = [name for name in own if name not in used and not name.endswith('num_batches_tracked')]
+    backbone.load_state_dict({**{name: own[name] for name in own if name not in used}, **used})
+    heads = sorted({name.split('.')[0] for name in classifier})
+    print_log(
+        f'Loaded {len(used)} of {len(state)} entries of {describe(state)} from {source}. '
+        f'Left out: {", ".join(heads) or "nothing"} of the classifier ({len(classifier)} entries)'
+        + (f' and {len(unbuilt)} entries of stages or norms that are not built' if unbuilt else '')
+        + (f'. Not in the file, kept at their start values: {", ".join(new)}' if new else '')
+        + '.',
+        logger='current',
+    )
+
+
+def _beyond(name: str, backbone: nn.Module) -> bool:
+    """Whether a weight belongs to a part that ``backbone`` was built without."""
+    if name.startswith('norm'):
+        return name.split('.')[0] not in dict(backbone.named_children())
+    if name.startswith('network.'):
+        return int(name.split('.')[1]) >= len(backbone.network) and backbone.out_indices[-1] < len(backbone.dims) - 1
+    return name == 'pos_embed' and not hasattr(backbone, 'pos_embed')
+
+
+def _may_miss(name: str) -> bool:
+    level_norm = name.startswith('norm') and not name.startswith('norm.')
+    return level_norm or name.endswith('num_batches_tracked')
+
+
+def _fits(name: str, given: torch.Tensor, own: torch.Tensor) -> bool:
+    if name == 'pos_embed':  # its grid follows the image size, only its width is the variant's
+        return given.dim() == 4 and given.shape[-1] == own.shape[-1]
+    return given.shape == own.shape
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f'; {len(names)} {what}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}' if names else ''

@@ -1,0 +1,39 @@
+"""Packaging of mmseg_volo. The version lives in mmseg_volo/version.py and nowhere else."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmseg_volo/version.py').read_text(encoding='utf-8'))[1]
+
+# The OpenMMLab line that is maintained today; imported as mmengine, mmcv and mmseg.
+OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentation>=1.4.0']
+DATA = ['cityscapesscripts>=2.2']
+TEST = ['pytest>=8', *DATA]
+
+setup(
+    name='mmseg_volo',
+    version=VERSION,
+    description='Semantic segmentation with VOLO (Vision Outlooker) on MMSegmentation',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['mmseg_volo', 'mmseg_volo.*']),
+    python_requires='>=3.10',
+    install_requires=[
+        'torch>=2.6',
+        'torchvision',
+        'timm>=1.0.9',
+        *OPENMMLAB,
+        'opencv-python',
+        'numpy',
+        'safetensors',
+    ],
+    extras_require={
+        'data': DATA,
+        'test': TEST,
+        'dev': [*TEST, 'ruff==0.17.*'],
+    },
+)

@@ -1,0 +1,31 @@
+"""Test a checkpoint: tools/test.py configs/volo_d1_cityscapes.py CHECKPOINT [--aug-test] [--show-dir DIR]."""
+
+import argparse
+
+from mmseg_volo.config import add_common_arguments, build_runner, load_config, run_tool, use_tta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Test a checkpoint and print the IoU table.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
+    parser.add_argument('--out', metavar='DIR', help='save predictions there as index PNGs')
+    parser.add_argument('--show-dir', metavar='DIR', help='save painted pictures there, truth left, prediction right')
+    add_common_arguments(parser)
+    args = parser.parse_args()
+
+    config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    config.load_from = args.checkpoint
+    if args.aug_test:
+        use_tta(config)
+    if args.out:
+        config.test_evaluator.output_dir = args.out
+    if args.show_dir:
+        config.default_hooks.visualization.update(draw=True, interval=1)
+        config.visualizer.save_dir = args.show_dir
+    build_runner(config).test()
+
+
+if __name__ == '__main__':
+    run_tool(main)

@@ -1,0 +1,24 @@
+"""Train a segmentor: tools/train.py configs/volo_d1_cityscapes.py [--amp] [--resume]."""
+
+import argparse
+
+from mmseg_volo.config import add_common_arguments, build_runner, load_config, run_tool, use_amp
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Train a segmentor.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint in the work dir')
+    parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
+    add_common_arguments(parser)
+    args = parser.parse_args()
+
+    config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    config.resume = args.resume or config.get('resume', False)
+    if args.amp:
+        use_amp(config)
+    build_runner(config).train()
+
+
+if __name__ == '__main__':
+    run_tool(main)
