@@ -1,0 +1,42 @@
+"""Prepare a data set for training and evaluation: `python tools/prepare_data.py cityscapes SRC DST`.
+
+SRC is the folder with the official download (zip files or unpacked), DST the data root that the configs read:
+data/cityscapes, data/ade or data/camvid.
+"""
+
+import argparse
+import sys
+
+from mmseg_volo.data.prepare import PrepareError, prepare_ade20k, prepare_camvid, prepare_cityscapes
+
+PREPARE = {'cityscapes': prepare_cityscapes, 'ade20k': prepare_ade20k, 'camvid': prepare_camvid}
+
+
+def positive(text: str) -> int:
+    """Return `text` as a number of processes; raises ValueError, which argparse reports, when it is not one."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def main() -> int:
+    """Run the command line; returns the exit status: 0 when complete, 1 on an error or missing data."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('dataset', choices=PREPARE)
+    parser.add_argument('src', help='folder with the download, or a zip file')
+    parser.add_argument('dst', help='data root to fill, e.g. data/cityscapes')
+    parser.add_argument('--workers', type=positive, help='number of processes (default: one per CPU, 8 at most)')
+    args = parser.parse_args()
+    try:
+        PREPARE[args.dataset](args.src, args.dst, workers=args.workers)
+    except PrepareError as exc:
+        print(f'error: {exc}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('interrupted; run the same command again to go on', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
