@@ -1,15 +1,37 @@
+"""volo_d1_camvid.py from scratch on a laptop's CPU."""
+
 _base_ = './volo_d1_camvid.py'
-crop_size = (256, 256)
-model = dict(data_preprocessor=dict(size=crop_size), backbone=dict(img_size=crop_size, init_cfg=None),
-  decode_head=dict(channels=128), auxiliary_head=None)
-train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(pipeline=[
+crop_size = (192, 256)
+norm_cfg = dict(type='BN', requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(img_size=crop_size, drop_path_rate=0.0, norm_cfg=norm_cfg, init_cfg=None),
+    decode_head=dict(
+        channels=128,
+        norm_cfg=norm_cfg,
+        loss_decode=dict(
+            class_weight=[0.8, 0.66, 3.3, 0.58, 1.3, 0.96, 2.7, 2.6, 1.4, 3.8, 4.8],
+        ),
+    ),
+    auxiliary_head=None,
+)
+train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations'),
+    dict(type='RandomResize', scale=(480, 360), ratio_range=(0.5, 1.0), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
     dict(type='RandomFlip', prob=0.5),
-    dict(type='PackSegInputs')]))
-val_dataloader=dict(num_workers=0, persistent_workers=False)
-test_dataloader=val_dataloader
-max_iters=6
-train_cfg=dict(max_iters=max_iters, val_interval=max_iters)
-default_hooks=dict(logger=dict(interval=1), checkpoint=dict(interval=3))
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(batch_size=8, num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+max_iters = 450
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=1.0))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=40),
+    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=40, end=max_iters),
+]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=max_iters))

@@ -2,7 +2,7 @@
 
 from .checkpoint import CheckpointError
 from .data.datasets import CamVidDataset
-
+from .data.street_scenes import StreetSceneDataset
 from .necks import VOLOPyramid
 from .runner import BFloat16OptimWrapper, VOLORunner
 from .version import __version__
@@ -14,7 +14,7 @@ __all__ = [
     'BFloat16OptimWrapper',
     'CamVidDataset',
     'CheckpointError',
-
+    'StreetSceneDataset',
     'VOLOPyramid',
     'VOLORunner',
     '__version__',

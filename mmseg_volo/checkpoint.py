@@ -7,6 +7,7 @@ a file a second time and run it.
 """
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
@@ -22,22 +23,37 @@ from torch import nn
 CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
 # Files name their weights so; an exponential moving average comes first, as in timm.
 STATE_KEYS = ('state_dict_ema', 'state_dict')
-TIMM_NAMES = 'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, ' \
+TIMM_NAMES = (
+    'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, '
     'volo_d5_224, volo_d5_448, volo_d5_512'
+)
 MapLocation = str | torch.device | Callable | None
+_BROKEN = 'the file is cut off or is no checkpoint; copy or download it again'
+# How torch words it when a file asks for something that is not data.
+_UNSAFE = re.compile(r'GLOBAL|[Uu]nsupported class|unrecognized function|Can only (build|create)')
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be used; the message names the file, what was expected and what was found."""
 
 
+def _statistic_of_history(owner: type, name: str):
+    """Stand-in for a file's getattr, by which mmengine's log histories name their own statistics, and only those."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(owner, name)
+    raise pickle.UnpicklingError(f'GLOBAL getattr was asked for {name} of {owner}')
+
+
 def _safe_globals() -> list:
     """What mmengine's checkpoints hold besides tensors: log histories and NumPy numbers. Nothing that runs code."""
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
     kinds = {type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1')}
-    names = [(multiarray.scalar, 'numpy.core.multiarray.scalar')]
-    names += [(multiarray._reconstruct, 'numpy.core.multiarray._reconstruct')]
-    return [multiarray.scalar, multiarray._reconstruct, np.ndarray, np.dtype, slice, HistoryBuffer, *kinds, *names]
+    functions = (multiarray.scalar, multiarray._reconstruct)
+    # NumPy 1 and 2 know these two by different names; a file of either is read by both.
+    old_names = [(function, f'numpy.core.multiarray.{function.__name__}') for function in functions]
+    new_names = [(function, f'numpy._core.multiarray.{function.__name__}') for function in functions]
+    history = [HistoryBuffer, (_statistic_of_history, 'builtins.getattr')]
+    return [np.ndarray, np.dtype, slice, *kinds, *old_names, *new_names, *history]
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
@@ -81,29 +97,25 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
         raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
 
 
-_BROKEN = 'the file is cut off or is no checkpoint; copy or download it again'
-
-
 def _read_torch(path: Path, map_location: MapLocation):
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path}: the file is empty; copy or download it again')
+    if map_location is None and not torch.cuda.is_available():
+        map_location = 'cpu'  # a file saved on a GPU otherwise asks for one
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if 'Unsupported' in reason or 'GLOBAL' in reason or 'global' in reason:
-            what = next((line.strip() for line in reason.splitlines() if 'GLOBAL' in line or 'Unsupported' in line), '')
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # a parser of foreign bytes fails in any way
+        lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        unsafe = next((line for line in lines if _UNSAFE.search(line)), None)
+        if isinstance(error, pickle.UnpicklingError) and unsafe:
             raise CheckpointError(
-                f'{path}: refused, because it holds more than tensors and plain data and could run code when read: '
-                f'{what} Save the weights alone (torch.save(model.state_dict(), ...)) or as .safetensors.'
+                f'{path}: refused, because it holds more than tensors and plain data and could run code when read '
+                f'({unsafe}). Ask for the weights alone, as torch.save(model.state_dict(), ...) or .safetensors.'
             ) from error
-        raise CheckpointError(f'{path}: {_BROKEN} ({reason.splitlines()[0] if reason else "unreadable"})') from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, AssertionError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f'{path}: {_BROKEN} ({first})') from error
+        raise CheckpointError(f'{path}: {_BROKEN} ({lines[0]})') from error
 
 
 @CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
@@ -148,7 +160,10 @@ def load_from_timm(name: str, map_location: MapLocation = None) -> dict:
     from timm.models import get_pretrained_cfg
 
     name = name.removeprefix('timm://')
-    config = get_pretrained_cfg(name, allow_unregistered=False) if '.' in name else None
+    try:
+        config = get_pretrained_cfg(name) if '.' in name else None
+    except RuntimeError:  # a model of timm's, without weights by that tag
+        config = None
     if config is None or not config.hf_hub_id:
         raise CheckpointError(
             f'timm://{name}: timm has no such weights; expected timm://MODEL.sail_in1k with MODEL one of {TIMM_NAMES}'

@@ -82,5 +82,5 @@ def run_tool(main: Callable[[], int | None]) -> None:
     os.environ.setdefault('LOCAL_RANK', '0')
     try:
         sys.exit(main() or 0)
-    except (CheckpointError, FileNotFoundError) as error:
+    except (CheckpointError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f'error: {error}')

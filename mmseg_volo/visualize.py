@@ -1,4 +1,4 @@
-"""Pictures of segmentation results: image, ground truth and prediction side by side, with titles and a legend."""
+"""Pictures of segmentation results: colours over an image, or image, truth and prediction side by side."""
 
 from __future__ import annotations
 
@@ -51,6 +51,27 @@ def _legend(width: int, entries: list[tuple[str, tuple[int, ...]]]) -> np.ndarra
         cv2.rectangle(strip, (left, top), (left + 20, top + 15), (0, 0, 0), 1)
         _write(strip, name, left + 27, top + 13, max(column - 36, 1))
     return strip
+
+
+def overlay(
+    image: np.ndarray, prediction: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.5
+) -> np.ndarray:
+    """Lay the classes' colours over an image.
+
+    Args:
+        image: The picture (H, W, 3) uint8, BGR.
+        prediction: Labels (H, W) of an integer type; 255 leaves the image black there.
+        palette: The colour of each class, RGB as in MMSegmentation.
+        opacity: Weight of the colours, from 0 to 1.
+
+    Returns:
+        The picture (H, W, 3) uint8, BGR.
+
+    Raises:
+        ValueError: If a label is neither 255 nor in the palette.
+    """
+    colours = _colour(prediction, np.asarray(palette), 'prediction')
+    return cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
 
 
 def side_by_side(

@@ -221,10 +221,8 @@ class VOLO(BaseModule):
             self.network.append(Downsample(dims[0], dims[1]))
             self.pos_embed = nn.Parameter(torch.zeros(1, -(-height // STRIDE), -(-width // STRIDE), dims[1]))
         for i in range(1, stages):
-            first = sum(depths[:i])
-            blocks = [
-                Block(dims[i], Attention(dims[i], heads[i]), ratios[i], rate) for rate in rates[first : first + depths[i]]
-            ]
+            of_stage = rates[sum(depths[:i]) : sum(depths[: i + 1])]
+            blocks = [Block(dims[i], Attention(dims[i], heads[i]), ratios[i], rate) for rate in of_stage]
             self.network.append(nn.Sequential(*blocks))
         if out_norm:
             for i in self.out_indices:

@@ -1,0 +1,172 @@
+"""Prediction on files: what ``tools/predict.py`` does, with mmseg's own model, pipeline and test-time augmentation."""
+
+import glob
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmseg.apis import init_model
+from mmseg.registry import MODELS
+from tqdm import tqdm
+
+from .visualize import overlay
+
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+
+
+class Predictor:
+    """A trained segmentor that turns pictures into class maps.
+
+    Args:
+        config: config file or object.
+        checkpoint: its checkpoint.
+        device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
+        aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
+
+    Attributes:
+        classes, palette: names and RGB colours, as the checkpoint holds them.
+
+    Raises:
+        CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoint`.
+    """
+
+    def __init__(self, config: str | Config, checkpoint: str, device: str | None = None, aug_test: bool = False):
+        self.model = init_model(config, checkpoint, device=device or get_device())
+        self.classes = self.model.dataset_meta['classes']
+        self.palette = self.model.dataset_meta['palette']
+        cfg = self.model.cfg
+        pipeline = cfg.tta_pipeline if aug_test else cfg.test_dataloader.dataset.pipeline
+        self.pipeline = Compose(_for_arrays(pipeline))
+        if aug_test:
+            self.model = MODELS.build(dict(cfg.tta_model, module=self.model)).eval()
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Class ids (H, W), int64, of one BGR image (H, W, 3), uint8."""
+        data = pseudo_collate([self.pipeline(dict(img=image))])
+        return self.model.test_step(data)[0].pred_sem_seg.data[0].cpu().numpy()
+
+
+def _for_arrays(pipeline: Sequence) -> list:
+    """A test pipeline without labels that takes the picture as an array, nested transforms included."""
+    out = []
+    for step in pipeline:
+        if not isinstance(step, dict):
+            nested = _for_arrays(step)
+            if nested:
+                out.append(nested)
+        elif step['type'] == 'LoadImageFromFile':
+            out.append(dict(type='LoadImageFromNDArray'))
+        elif step['type'] == 'TestTimeAug':
+            out.append(dict(step, transforms=_for_arrays(step['transforms'])))
+        elif step['type'] != 'LoadAnnotations':
+            out.append(dict(step))
+    return out
+
+
+def find_images(sources: Iterable[str]) -> dict[Path, Path]:
+    """The images that files, folders (with all below them) and glob patterns stand for.
+
+    Returns:
+        Path of each image, to the path below the output folder, without a suffix, that its results get: its name, or
+        for a folder its place in it. Where two images would meet there, their suffix becomes part of the name.
+
+    Raises:
+        FileNotFoundError: a source that is not there, or has no image.
+    """
+    found: dict[Path, Path] = {}
+    for source in sources:
+        path = Path(source)
+        if path.is_file():
+            images = {path: Path(path.name)}
+        elif path.is_dir():
+            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            images = {p: p.relative_to(path) for p in inside}
+        else:
+            matches = sorted(Path(p) for p in glob.glob(source, recursive=True))
+            images = {p: Path(p.name) for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
+        if not images:
+            raise FileNotFoundError(
+                f'{source}: no image found; expected a file, a folder or a pattern with {", ".join(IMAGE_SUFFIXES)}'
+            )
+        found.update(images)
+    plain = [place.with_suffix('') for place in found.values()]
+    targets = {
+        image: place.with_suffix('') if plain.count(place.with_suffix('')) == 1 else place
+        for image, place in found.items()
+    }
+    taken: dict[Path, Path] = {}
+    for image, target in targets.items():
+        if target in taken:
+            raise FileExistsError(
+                f'{taken[target]} and {image} would both be saved as {target}.png; predict them apart'
+            )
+        taken[target] = image
+    return targets
+
+
+def predict_files(
+    predictor: Predictor, sources: Iterable[str], out_dir: str, with_overlay: bool = False
+) -> dict[Path, str]:
+    """Predict each image and save what was found; one that cannot be read or predicted is reported and skipped.
+
+    Args:
+        predictor: the model.
+        sources: files, folders or glob patterns.
+        out_dir: gets ``NAME.png`` with class ids (8 bit, or 16 bit above 256 classes), and with ``with_overlay``
+            ``NAME_overlay.png``, the picture with the classes' colours over it.
+
+    Returns:
+        The images that failed, each with the reason.
+    """
+    targets = find_images(sources)
+    dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
+    failed: dict[Path, str] = {}
+    # The bar goes to stderr as logs do, so that stdout can be piped.
+    bar = tqdm(targets.items(), unit='image', file=sys.stderr)
+    for path, place in bar:
+        try:
+            image = _read(path)
+            prediction = predictor(image)
+            target = Path(out_dir) / place.parent / f'{place.name}.png'
+            _write(target, prediction.astype(dtype))
+            if with_overlay:
+                _write(target.with_name(f'{place.name}_overlay.png'), overlay(image, prediction, predictor.palette))
+        except torch.cuda.OutOfMemoryError:
+            failed[path] = 'the GPU has not enough memory for it; try --device cpu'
+            torch.cuda.empty_cache()
+        except (ValueError, OSError, RuntimeError, cv2.error) as error:
+            failed[path] = str(error)
+        if path in failed:
+            bar.write(f'skipped {path}: {failed[path]}', file=sys.stderr)
+    return failed
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        image = mmcv.imread(str(path))
+    except (cv2.error, AttributeError) as error:
+        raise ValueError('it is no image, or broken') from error
+    if image is None:
+        raise ValueError('it is no image, or broken')
+    return image
+
+
+def _write(path: Path, picture: np.ndarray) -> None:
+    """Write a PNG under a temporary name and rename it: a run that is stopped leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        part.write_bytes(cv2.imencode('.png', picture)[1].tobytes())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
