@@ -54,6 +54,7 @@ val_dataloader = dict(
     dataset=dict(type='StreetSceneDataset', data_root=data_root, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
+randomness = dict(seed=0)
 max_iters = 240
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=1.0))
 param_scheduler = [

@@ -108,7 +108,7 @@ def find_images(sources: Iterable[str]) -> dict[Path, Path]:
     for image, target in targets.items():
         if target in taken:
             raise FileExistsError(
-                f'{taken[target]} and {image} would both be saved as {target}.png; predict them apart'
+                f'{taken[target]} and {image} have one name in the output folder ({target}); predict them apart'
             )
         taken[target] = image
     return targets

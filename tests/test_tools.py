@@ -1,0 +1,259 @@
+"""The command-line tools as users run them, on a small model and drawn scenes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
+
+from mmseg_volo.inference import find_images
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = f"""
+_base_ = '{ROOT}/configs/volo_d1_quickstart.py'
+arch = dict(depths=(1, 1, 1, 1), dims=(24, 48, 48, 48), heads=(1, 2, 2, 2), mlp_ratios=1, stem_width=8)
+model = dict(
+    data_preprocessor=dict(size=(64, 128)),
+    backbone=dict(arch=dict(_delete_=True, **arch), img_size=(64, 128), norm_cfg=dict(type='SyncBN')),
+    decode_head=dict(in_channels=[24, 48, 48, 48], channels=16, norm_cfg=dict(type='SyncBN')),
+)
+data = dict(type='StreetSceneDataset', data_root='DATA', train=6, val=3, size=(64, 128))
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomCrop', crop_size=(64, 128)),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline, **data))
+val_dataloader = dict(dataset=dict(**data))
+test_dataloader = val_dataloader
+max_iters = 4
+train_cfg = dict(max_iters=max_iters, val_interval=4)
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, save_best='mIoU'))
+"""
+
+
+def run(*command: str, fails: bool = False, **env: str) -> str:
+    """Run a tool; its output, after checking that it ended as expected."""
+    paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+    bin_dir = Path(sys.executable).parent  # torchrun and python of this environment
+    path = f'{bin_dir}{os.pathsep}{os.environ["PATH"]}'
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'PATH': path, **env},
+        timeout=300,
+        check=False,
+    )
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output
+    return output
+
+
+def tool(name: str, *arguments, **kwargs) -> str:
+    return run(sys.executable, '-W', 'ignore', ROOT / 'tools' / name, *arguments, **kwargs)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """(config, work dir, checkpoint, output) of one short training run."""
+    work = tmp_path_factory.mktemp('tools')
+    config = work / 'tiny.py'
+    config.write_text(CONFIG.replace('DATA', str(work / 'scenes')))
+    output = tool('train.py', config, '--work-dir', work / 'run')
+    return config, work, work / 'run/iter_4.pth', output
+
+
+def miou(output: str) -> str:
+    return re.findall(r'mIoU: ([\d.]+)', output)[-1]
+
+
+def test_train_logs_an_eta_and_saves_what_reads_safely(trained):
+    _, work, checkpoint, output = trained
+    assert 'eta:' in output and 'Iter(train) [4/4]' in output and 'VOLO starts from random weights' in output
+    assert (work / 'run/best_mIoU_iter_4.pth').is_file()
+    for path in (checkpoint, work / 'run/best_mIoU_iter_4.pth'):
+        assert 'best_score' in str(torch.load(path, weights_only=False)['message_hub'])
+        init_model(str(trained[0]), str(path), device='cpu')  # through the safe reader
+
+
+def test_train_resumes_from_the_checkpoint_without_the_pretrained_file(trained):
+    config, work, _, _ = trained
+    shutil.copytree(work / 'run', work / 'resumed')
+    (work / 'resumed/last_checkpoint').write_text(str(work / 'resumed/iter_2.pth'))
+    missing = 'model.backbone.init_cfg.checkpoint=gone.pth', 'model.backbone.init_cfg.type=Pretrained'
+    output = tool('train.py', config, '--work-dir', work / 'resumed', '--resume', '--cfg-options', *missing)
+    assert 'resumed epoch: 0, iter: 2' in output and 'Iter(train) [3/4]' in output
+    assert 'Iter(train) [2/4]' not in output
+    output = tool('train.py', config, '--work-dir', work / 'fresh', '--cfg-options', *missing, fails=True)
+    assert output.strip().endswith(
+        'error: checkpoint gone.pth does not exist; expected a .pth, .pth.tar or .safetensors file'
+    )
+
+
+def test_amp_on_a_cpu_trains_in_bfloat16(trained):
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU --amp is mmengine's own float16 wrapper")
+    config, work, _, _ = trained
+    output = tool('train.py', config, '--work-dir', work / 'amp', '--amp')
+    assert "type='BFloat16OptimWrapper'" in output and 'Iter(train) [4/4]' in output
+    losses = [float(x) for x in re.findall(r'  loss: ([\d.]+)', output)]
+    plain = [float(x) for x in re.findall(r'  loss: ([\d.]+)', trained[3])]
+    assert len(losses) == 4 and losses[0] != plain[0] and losses[0] == pytest.approx(plain[0], rel=0.02)
+
+
+def test_test_prints_the_table_and_saves_predictions(trained):
+    config, work, checkpoint, output = trained
+    out, show = work / 'out', work / 'show'
+    tested = tool('test.py', config, checkpoint, '--work-dir', work / 't', '--out', out, '--show-dir', show)
+    assert miou(tested) == miou(output) and 'traffic light' in tested
+    assert len(list(out.glob('*.png'))) == 3
+    assert cv2.imread(str(next(out.glob('*.png'))), -1).shape == (64, 128)
+    assert len(list(show.rglob('*.png'))) == 3
+
+
+@pytest.mark.parametrize('flag', ['--aug-test', '--tta'])
+def test_aug_test(trained, flag):
+    config, work, checkpoint, _ = trained
+    assert 'mIoU' in tool('test.py', config, checkpoint, '--work-dir', work / 't', flag)
+
+
+def test_wrong_arguments_end_in_one_line(trained):
+    config, work, _, _ = trained
+    (work / 'broken.pth').write_bytes(b'PK broken')
+    output = tool('test.py', config, work / 'broken.pth', '--work-dir', work / 't', fails=True)
+    assert re.search(r'error: .*broken\.pth: the file is cut off or is no checkpoint', output)
+    output = tool('train.py', 'configs/volo_d9.py', fails=True)
+    assert 'error: config configs/volo_d9.py does not exist' in output and 'Traceback' not in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
+def test_two_processes_without_a_gpu(trained):
+    config, work, checkpoint, output = trained
+    env = dict(PORT='29611', OMP_NUM_THREADS='1')
+    run('bash', 'tools/dist_train.sh', config, '2', '--work-dir', work / 'dist', **env)
+    assert (work / 'dist/iter_4.pth').is_file()
+    # Three pictures in shares of two and one (padded to two and two) give the single process's table.
+    tested = run('bash', 'tools/dist_test.sh', config, checkpoint, '2', '--work-dir', work / 'dt', **env)
+    assert miou(tested) == miou(output)
+    assert 'usage:' in run('bash', 'tools/dist_train.sh', config, fails=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
+def test_slurm_without_a_gpu(trained, tmp_path):
+    """A stand-in for srun starts two processes with Slurm's variables, which is all that the launcher reads."""
+    config, work, checkpoint, _ = trained
+    srun = tmp_path / 'srun'
+    srun.write_text(
+        '#!/usr/bin/env bash\nwhile [ "$1" != python ]; do echo "srun argument $1"; shift; done\n'
+        'for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i SLURM_NTASKS=2 SLURM_NODELIST=node "$@" & done; wait\n'
+    )
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/usr/bin/env bash\necho 127.0.0.1\n')
+    for script in (srun, scontrol):
+        script.chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:{Path(sys.executable).parent}:{os.environ["PATH"]}', MASTER_PORT='29612')
+    env.update(GPUS='2', GPUS_PER_NODE='0', OMP_NUM_THREADS='1')
+    arguments = 'part', 'job', config, '--work-dir', work / 'slurm'
+    output = run('bash', 'tools/slurm_train.sh', *arguments, **env)
+    assert 'srun argument --ntasks=2' in output and 'Iter(train) [4/4]' in output
+    assert (work / 'slurm/iter_4.pth').is_file()
+    tested = run('bash', 'tools/slurm_test.sh', 'part', 'job', config, checkpoint, **env)
+    assert miou(tested) == miou(trained[3])
+
+
+def test_predict_reports_the_bad_file_and_goes_on(trained):
+    config, work, checkpoint, _ = trained
+    pictures = work / 'pictures'
+    (pictures / 'sub').mkdir(parents=True)
+    image = cv2.imread(str(next((work / 'scenes').rglob('*leftImg8bit.png'))))
+    cv2.imwrite(str(pictures / 'a.png'), image)
+    cv2.imwrite(str(pictures / 'sub/b.jpg'), image[:50, :90])
+    (pictures / 'broken.png').write_bytes((pictures / 'a.png').read_bytes()[:20])
+    out = work / 'predicted'
+    output = tool('predict.py', config, checkpoint, pictures, '--out', out, '--overlay', '--device', 'cpu', fails=True)
+    assert f'skipped {pictures}/broken.png: it is no image, or broken' in output and '1 of the images failed' in output
+    assert sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_file()) == [
+        'a.png',
+        'a_overlay.png',
+        'sub/b.png',
+        'sub/b_overlay.png',
+    ]
+    index = cv2.imread(str(out / 'a.png'), -1)
+    assert index.dtype == np.uint8 and index.shape == (64, 128) and index.max() < 19
+    # The same model through mmseg's own API predicts the same.
+    model = init_model(str(config), str(checkpoint), device='cpu')
+    expected = inference_model(model, str(pictures / 'a.png')).pred_sem_seg.data[0].numpy()
+    assert (index == expected).all()
+    colours = np.array(model.dataset_meta['palette'], np.uint8)[expected][..., ::-1]
+    overlay = cv2.imread(str(out / 'a_overlay.png')).astype(int)
+    assert np.abs(overlay - (image.astype(int) + colours) / 2).max() <= 1
+
+
+def test_predict_aug_test_equals_test_aug_test(trained):
+    config, work, checkpoint, _ = trained
+    tool('test.py', config, checkpoint, '--work-dir', work / 't', '--aug-test', '--out', work / 'tested_tta')
+    val = work / 'scenes/leftImg8bit/val'
+    tool('predict.py', config, checkpoint, f'{val}/*/*.png', '--out', work / 'predicted_tta', '--aug-test')
+    names = sorted(p.name for p in (work / 'tested_tta').iterdir())
+    assert names == sorted(p.name for p in (work / 'predicted_tta').iterdir()) and len(names) == 3
+    for name in names:
+        a, b = (cv2.imread(str(work / folder / name), -1) for folder in ('tested_tta', 'predicted_tta'))
+        assert (a == b).all()
+
+
+def test_predict_names_what_is_missing(trained):
+    config, work, checkpoint, _ = trained
+    (work / 'empty').mkdir()
+    for source in (work / 'empty', work / 'nothing*.png'):
+        output = tool('predict.py', config, checkpoint, source, '--out', work / 'x', fails=True)
+        assert f'error: {source}: no image found' in output and 'Traceback' not in output
+
+
+def test_find_images_keeps_names_apart(tmp_path):
+    for name in ('a.png', 'a.jpg', 'b.png', 'notes.txt', 'deep/a.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+    found = {str(k.relative_to(tmp_path)): str(v) for k, v in find_images([str(tmp_path)]).items()}
+    assert found == {'a.png': 'a.png', 'a.jpg': 'a.jpg', 'b.png': 'b', 'deep/a.png': 'deep/a'}
+    with pytest.raises(FileExistsError, match='have one name in the output folder'):
+        find_images([str(tmp_path / 'a.png'), str(tmp_path / 'deep/a.png')])
+
+
+def test_mmsegs_inference_api(trained, tmp_path):
+    config, work, checkpoint, _ = trained
+    path = next((work / 'scenes/leftImg8bit/val').rglob('*.png'))
+    image = cv2.imread(str(path))
+    model = init_model(str(config), str(checkpoint), device='cpu')
+    by_path = inference_model(model, str(path))
+    by_array = inference_model(model, image)
+    assert torch.equal(by_path.pred_sem_seg.data, by_array.pred_sem_seg.data)
+    assert len(inference_model(model, [image, image])) == 2
+    shown = show_result_pyplot(model, str(path), by_path, show=False, out_file=str(tmp_path / 'shown.png'))
+    assert shown.shape == image.shape and (tmp_path / 'shown.png').is_file()
+    inferencer = MMSegInferencer(model=str(config), weights=str(checkpoint), device='cpu', show_progress=False)
+    for picture in (str(path), image):
+        assert (inferencer(picture)['predictions'] == by_path.pred_sem_seg.data[0].numpy()).all()
+
+
+def test_quickstart_draws_trains_tests_and_shows(trained):
+    config, work, _, _ = trained
+    output = tool('quickstart.py', '--config', config, '--work-dir', work / 'quick')
+    assert 'train.py' in output and 'test.py' in output and 'traffic light' in output and 'mIoU' in output
+    picture = cv2.imread(str(work / 'quick/quickstart.png'))
+    assert picture.shape[1] == 3 * 128 + 2 * 4 and picture.shape[0] > 3 * 64
+
+
+def test_complexity_prints_the_papers_numbers():
+    output = tool('complexity.py')
+    assert '26.6' in output and 'VOLO-D5' in output
+    assert 'multiple of 16' in tool('complexity.py', '--size', '100', fails=True)
