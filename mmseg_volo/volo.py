@@ -227,7 +227,8 @@ class VOLO(BaseModule):
         if out_norm:
             for i in self.out_indices:
                 self.add_module(self._norm_name(i), nn.LayerNorm(dims[i]))
-        self._grids: dict[tuple, torch.Tensor] = {}
+        self._grids: dict[tuple[int, int], torch.Tensor] = {}
+        self._grids_of: tuple = (None, None)
         self._freeze()
 
     def _norm_name(self, index: int) -> str:
@@ -268,7 +269,8 @@ class VOLO(BaseModule):
         for i in range(self.out_indices[-1] + 1):
             if i == 1:  # from the fine grid of the Outlookers to the grid of the transformers
                 x = self.network[1](x)
-                x = x + self._pos_embed_for(x)
+                # Under autocast this makes the residual stream float32 from here on, as in the official code.
+                x = x + self._pos_embed_for(tuple(x.shape[1:3]))
             for block in self._stage(i):
                 x = self._run(block, x)
             if i in self.out_indices:
@@ -285,19 +287,19 @@ class VOLO(BaseModule):
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
-    def _pos_embed_for(self, x: torch.Tensor) -> torch.Tensor:
-        """``pos_embed`` on the grid of x (B, H, W, C), in x's dtype; kept between calls where no gradient needs it."""
-        grid = tuple(x.shape[1:3])
+    def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
+        """``pos_embed`` on a token grid; kept between calls in eval mode, where no gradient needs it."""
+        pos_embed = self.pos_embed
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return resize_pos_embed(self.pos_embed, grid).to(x.dtype)
-        # The version counter changes with every in-place update, so a kept embedding never outlives its weights.
-        version = 0 if self.pos_embed.is_inference() else self.pos_embed._version
-        key = (*grid, x.dtype, x.device, self.pos_embed.data_ptr(), version)
-        if key not in self._grids:
-            if len(self._grids) >= _CACHED_GRIDS:
-                self._grids.clear()
-            self._grids[key] = resize_pos_embed(self.pos_embed, grid).to(x.dtype)
-        return self._grids[key]
+            return resize_pos_embed(pos_embed, grid)
+        # Whatever is kept must not outlive its weights: an in-place update changes the version, a move the address,
+        # and holding the parameter itself keeps its address from being given to another one.
+        source = (pos_embed.data_ptr(), 0 if pos_embed.is_inference() else pos_embed._version)
+        if self._grids_of[0] is not pos_embed or self._grids_of[1] != source or len(self._grids) >= _CACHED_GRIDS:
+            self._grids, self._grids_of = {}, (pos_embed, source)
+        if grid not in self._grids:
+            self._grids[grid] = resize_pos_embed(pos_embed, grid)
+        return self._grids[grid]
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # Any state dict of this variant fits, whatever image size it was trained for.

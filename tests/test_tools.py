@@ -136,6 +136,24 @@ def test_wrong_arguments_end_in_one_line(trained):
     assert 'error: config configs/volo_d9.py does not exist' in output and 'Traceback' not in output
 
 
+class Evil:
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_training_from_a_file_that_runs_code_is_refused(trained, tmp_path):
+    config, *_ = trained
+    torch.save({'state_dict': {}, 'meta': Evil(tmp_path / 'code-ran')}, tmp_path / 'iter_2.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_2.pth'))
+    for arguments in (['--resume'], ['--cfg-options', f'load_from={tmp_path}/iter_2.pth']):
+        output = tool('train.py', config, '--work-dir', tmp_path, *arguments, fails=True)
+        assert re.search(r'error: .*iter_2\.pth: refused, because it holds more than tensors', output)
+    assert not (tmp_path / 'code-ran').exists()
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
 def test_two_processes_without_a_gpu(trained):
     config, work, checkpoint, output = trained

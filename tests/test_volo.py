@@ -174,6 +174,10 @@ def test_pos_embed_is_kept_in_eval_mode_and_never_outlives_its_weights():
         fresh = copy.deepcopy(model)
         fresh.train().eval()
         assert not torch.allclose(model(x)[3], first[3])
+        before = model(x)[3]
+        model.load_state_dict({k: v + 1 if k == 'pos_embed' else v for k, v in model.state_dict().items()}, assign=True)
+        assert not torch.allclose(model(x)[3], before)
+        model.load_state_dict(fresh.state_dict())
         torch.testing.assert_close(model(x)[3], fresh(x)[3])
         for side in range(2, 40):
             model(torch.randn(1, 3, 32, 16 * side))
