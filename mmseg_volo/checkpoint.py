@@ -207,10 +207,8 @@ def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def describe(state: dict[str, torch.Tensor]) -> str:
-    """In words, which VOLO a state dict belongs to: 'VOLO-D3 (blocks 8-8-16-4, widths 256/512)'."""
-    from .volo import ARCHS
-
+def describe(state: dict[str, torch.Tensor], archs: dict[str, dict]) -> str:
+    """In words, which of ``archs`` a state dict belongs to: 'VOLO-D3 (blocks 8-8-16-4, widths 256/512)'."""
     blocks: dict[int, set[str]] = {}
     for name in state:
         parts = name.split('.')
@@ -221,7 +219,7 @@ def describe(state: dict[str, torch.Tensor]) -> str:
     if 'network.1.proj.weight' in state:
         widths.append(state['network.1.proj.weight'].shape[0])
     numbers = f'blocks {"-".join(map(str, depths))}, widths {"/".join(map(str, widths))}'
-    for arch, spec in ARCHS.items():
+    for arch, spec in archs.items():
         if depths == spec['depths'] and widths == [spec['dims'][0], spec['dims'][1]]:
             return f'VOLO-{arch.upper()} ({numbers})'
     return f'a VOLO with {numbers}'
@@ -244,7 +242,7 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
             unchanged.
     """
     state = volo_state_dict(CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='current'), source)
-    own = backbone.state_dict()
+    own, archs = backbone.state_dict(), backbone.arch_settings
     classifier = [name for name in state if name.startswith(CLASSIFIER)]
     # A backbone that ends early, or gives raw outputs, has no place for these and does not need them.
     unbuilt = [name for name in state if name not in own and name not in classifier and _beyond(name, backbone)]
@@ -255,7 +253,7 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
     unlike = [name for name in used if name in own and not _fits(name, used[name], own[name])]
     if strange or missing or unlike:
         raise CheckpointError(
-            f'{source}: expected weights of {describe(own)}, found {describe(state)}'
+            f'{source}: expected weights of {describe(own, archs)}, found {describe(state, archs)}'
             + _listed('missing', missing)
             + _listed('unknown', strange)
             + ''.join(f'; {n} is {tuple(used[n].shape)}, expected {tuple(own[n].shape)}' for n in unlike[:3])
@@ -264,7 +262,7 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
     backbone.load_state_dict({**{name: own[name] for name in own if name not in used}, **used})
     heads = sorted({name.split('.')[0] for name in classifier})
     print_log(
-        f'Loaded {len(used)} of {len(state)} entries of {describe(state)} from {source}. '
+        f'Loaded {len(used)} of {len(state)} entries of {describe(state, archs)} from {source}. '
         f'Left out: {", ".join(heads) or "nothing"} of the classifier ({len(classifier)} entries)'
         + (f' and {len(unbuilt)} entries of stages or norms that are not built' if unbuilt else '')
         + (f'. Not in the file, kept at their start values: {", ".join(new)}' if new else '')

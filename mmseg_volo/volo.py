@@ -182,6 +182,8 @@ class VOLO(BaseModule):
         ValueError: an unknown ``arch``, numbers that do not fit each other, or an input under 32 pixels.
     """
 
+    arch_settings = ARCHS
+
     def __init__(
         self,
         arch: str | dict = 'd1',
