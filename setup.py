@@ -29,7 +29,12 @@ setup(
         *OPENMMLAB,
         'opencv-python',
         'numpy',
+        'pillow',
         'safetensors',
+        'huggingface_hub',
+        'prettytable',
+        'rich',
+        'tqdm',
     ],
     extras_require={
         'data': DATA,

@@ -144,8 +144,8 @@ def predict_files(
         except torch.cuda.OutOfMemoryError:
             failed[path] = 'the GPU has not enough memory for it; try --device cpu'
             torch.cuda.empty_cache()
-        except (ValueError, OSError, RuntimeError, cv2.error) as error:
-            failed[path] = str(error)
+        except Exception as error:  # whatever is wrong with one picture, the others are still wanted
+            failed[path] = str(error) or type(error).__name__
         if path in failed:
             bar.write(f'skipped {path}: {failed[path]}', file=sys.stderr)
     return failed

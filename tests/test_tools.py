@@ -202,9 +202,11 @@ def test_predict_reports_the_bad_file_and_goes_on(trained):
     cv2.imwrite(str(pictures / 'a.png'), image)
     cv2.imwrite(str(pictures / 'sub/b.jpg'), image[:50, :90])
     (pictures / 'broken.png').write_bytes((pictures / 'a.png').read_bytes()[:20])
+    cv2.imwrite(str(pictures / 'line.png'), np.zeros((1, 3000, 3), np.uint8))  # shrinks to nothing in Resize
     out = work / 'predicted'
     output = tool('predict.py', config, checkpoint, pictures, '--out', out, '--overlay', '--device', 'cpu', fails=True)
-    assert f'skipped {pictures}/broken.png: it is no image, or broken' in output and '1 of the images failed' in output
+    assert f'skipped {pictures}/broken.png: it is no image, or broken' in output and '2 of the images failed' in output
+    assert f'skipped {pictures}/line.png: ' in output
     assert sorted(str(p.relative_to(out)) for p in out.rglob('*') if p.is_file()) == [
         'a.png',
         'a_overlay.png',
