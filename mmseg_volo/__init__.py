@@ -3,8 +3,10 @@
 from .checkpoint import CheckpointError
 from .data.datasets import CamVidDataset
 from .data.street_scenes import StreetSceneDataset
+from .heads import LeanUPerHead
 from .necks import VOLOPyramid
 from .runner import BFloat16OptimWrapper, VOLORunner
+from .segmentors import StreamingEncoderDecoder, StreamingTTAModel
 from .version import __version__
 from .volo import ARCHS, VOLO
 
@@ -14,6 +16,9 @@ __all__ = [
     'BFloat16OptimWrapper',
     'CamVidDataset',
     'CheckpointError',
+    'LeanUPerHead',
+    'StreamingEncoderDecoder',
+    'StreamingTTAModel',
     'StreetSceneDataset',
     'VOLOPyramid',
     'VOLORunner',

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,11 @@ from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
 from .checkpoint import CheckpointError
+from .segmentors import PRECISIONS
+
+
+class ConfigError(ValueError):
+    """A config and an option that do not go together."""
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +55,65 @@ def load_config(path: str, options: dict | None = None, work_dir: str | None = N
     return config
 
 
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every tool which predicts shares; :func:`set_inference_options` applies them."""
+    parser.add_argument(
+        '--precision',
+        choices=list(PRECISIONS),
+        help="of the network's arithmetic; bf16 and fp16 are autocast",
+    )
+    parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
+    parser.add_argument('--channels-last', action='store_true', help="keep convolutions' weights in this memory format")
+    parser.add_argument(
+        '--window-batch', type=int, metavar='N', help='sliding windows in one forward pass; default: chosen to fit'
+    )
+
+
+def set_inference_options(
+    config: Config,
+    aug_test: bool = False,
+    precision: str | None = None,
+    compile: bool = False,
+    channels_last: bool = False,
+    window_batch: int | None = None,
+    confidence: bool = False,
+) -> None:
+    """Write what is asked for into ``model.test_cfg``, where the segmentor reads it; to be done before :func:`use_tta`.
+
+    Args:
+        config: changed in place.
+        aug_test: whether the config's ``tta_model`` will run the model.
+        precision, compile, channels_last, window_batch, confidence: see
+            :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
+
+    Raises:
+        ConfigError: the model does not know these options, a batch under 1, or no compiler where one is needed.
+    """
+    options = dict(
+        precision=precision,
+        compile=compile,
+        channels_last=channels_last,
+        window_batch=window_batch,
+        confidence=confidence,
+    )
+    asked = {name: value for name, value in options.items() if value not in (None, False)}
+    if not asked:
+        return
+    needed, given = 'StreamingEncoderDecoder', config.model.type
+    if aug_test:
+        needed, given = 'StreamingTTAModel', config.get('tta_model', {}).get('type')
+    if given != needed:
+        raise ConfigError(
+            f'{", ".join(asked)}: {given} has no such options; set {"tta_model" if aug_test else "model"}.type to '
+            f"'{needed}', which takes the same arguments"
+        )
+    if window_batch is not None and window_batch < 1:
+        raise ConfigError(f'window_batch must be 1 or more, got {window_batch}')
+    if compile and get_device() == 'cpu' and not any(map(shutil.which, (os.getenv('CXX') or 'g++', 'clang++', 'cl'))):
+        raise ConfigError('compile needs a C++ compiler on a CPU, and none was found; install g++ or do without')
+    config.model.test_cfg = {**(config.model.get('test_cfg') or {}), **asked}
+
+
 def use_amp(config: Config) -> None:
     """Switch training to mixed precision: mmengine's float16 with loss scaling on a GPU, bfloat16 on a CPU."""
     optim = config.optim_wrapper
@@ -60,15 +125,23 @@ def use_amp(config: Config) -> None:
             optim.setdefault('loss_scale', 'dynamic')
 
 
+def check_tta(config: Config) -> None:
+    """Raise ConfigError where the config has no test-time augmentation."""
+    if 'tta_pipeline' not in config or 'tta_model' not in config:
+        raise ConfigError('--aug-test needs tta_pipeline and tta_model in the config, as configs/_base_ has them')
+
+
 def use_tta(config: Config) -> None:
     """Switch testing to the config's ``tta_pipeline``, its views merged by ``tta_model``.
 
     Raises:
-        ValueError: the config names neither.
+        ConfigError: the config names neither.
     """
-    if 'tta_pipeline' not in config or 'tta_model' not in config:
-        raise ValueError('--aug-test needs tta_pipeline and tta_model in the config, as configs/_base_ has them')
+    check_tta(config)
     config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    if config.test_dataloader.get('num_workers'):
+        # A picture's ten views take 50 bytes a pixel: one picture in waiting per worker is enough.
+        config.test_dataloader.setdefault('prefetch_factor', 1)
     config.model = dict(**config.tta_model, module=config.model)
 
 
@@ -82,5 +155,5 @@ def run_tool(main: Callable[[], int | None]) -> None:
     os.environ.setdefault('LOCAL_RANK', '0')
     try:
         sys.exit(main() or 0)
-    except (CheckpointError, FileNotFoundError, FileExistsError) as error:
+    except (CheckpointError, ConfigError, FileNotFoundError, FileExistsError) as error:
         sys.exit(f'error: {error}')

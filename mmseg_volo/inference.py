@@ -1,10 +1,13 @@
 """Prediction on files: what ``tools/predict.py`` does, with mmseg's own model, pipeline and test-time augmentation."""
 
+import copy
 import glob
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import mmcv
@@ -18,42 +21,72 @@ from mmseg.apis import init_model
 from mmseg.registry import MODELS
 from tqdm import tqdm
 
+from .config import check_tta, set_inference_options
 from .visualize import overlay
 
+_PREPARED_AHEAD = 2**22  # pixels
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+
+
+class Prediction(NamedTuple):
+    """Class ids (H, W), int64, and where it was asked for the probability (H, W), float32, of the class chosen."""
+
+    classes: np.ndarray
+    confidence: np.ndarray | None
 
 
 class Predictor:
     """A trained segmentor that turns pictures into class maps.
 
     Args:
-        config: config file or object.
+        config: config file or object; it is not changed.
         checkpoint: its checkpoint.
         device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
         aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
+        options: precision, compile, channels_last, window_batch, confidence: see
+            :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
 
     Attributes:
         classes, palette: names and RGB colours, as the checkpoint holds them.
 
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoint`.
+        ConfigError: options or ``aug_test`` on a config without them.
     """
 
-    def __init__(self, config: str | Config, checkpoint: str, device: str | None = None, aug_test: bool = False):
+    def __init__(
+        self,
+        config: str | Config,
+        checkpoint: str,
+        device: str | None = None,
+        aug_test: bool = False,
+        **options: str | bool | int | None,
+    ):
+        config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
+        set_inference_options(config, aug_test, **options)
         self.model = init_model(config, checkpoint, device=device or get_device())
         self.classes = self.model.dataset_meta['classes']
         self.palette = self.model.dataset_meta['palette']
-        cfg = self.model.cfg
-        pipeline = cfg.tta_pipeline if aug_test else cfg.test_dataloader.dataset.pipeline
-        self.pipeline = Compose(_for_arrays(pipeline))
         if aug_test:
-            self.model = MODELS.build(dict(cfg.tta_model, module=self.model)).eval()
+            check_tta(config)
+            self.model = MODELS.build(dict(config.tta_model, module=self.model)).eval()
+        pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
+        self.pipeline = Compose(_for_arrays(pipeline))
 
-    @torch.no_grad()
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Class ids (H, W), int64, of one BGR image (H, W, 3), uint8."""
-        data = pseudo_collate([self.pipeline(dict(img=image))])
-        return self.model.test_step(data)[0].pred_sem_seg.data[0].cpu().numpy()
+        return self.predict(self.prepare(image)).classes
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """What the test pipeline makes of one BGR image (H, W, 3), uint8: the input of :meth:`predict`."""
+        return pseudo_collate([self.pipeline(dict(img=image))])
+
+    @torch.no_grad()
+    def predict(self, data: dict) -> Prediction:
+        """Run the model on what :meth:`prepare` gave."""
+        sample = self.model.test_step(data)[0]
+        confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
+        return Prediction(sample.pred_sem_seg.data[0].cpu().numpy(), confidence)
 
 
 def _for_arrays(pipeline: Sequence) -> list:
@@ -119,11 +152,14 @@ def predict_files(
 ) -> dict[Path, str]:
     """Predict each image and save what was found; one that cannot be read or predicted is reported and skipped.
 
+    The next image is read and prepared while the model works on one.
+
     Args:
         predictor: the model.
         sources: files, folders or glob patterns.
-        out_dir: gets ``NAME.png`` with class ids (8 bit, or 16 bit above 256 classes), and with ``with_overlay``
-            ``NAME_overlay.png``, the picture with the classes' colours over it.
+        out_dir: gets ``NAME.png`` with class ids (8 bit, or 16 bit above 256 classes), with ``with_overlay``
+            ``NAME_overlay.png``, the picture with the classes' colours over it, and where the predictor was asked for
+            the confidence ``NAME_confidence.png``, from 0 to 255 for certain.
 
     Returns:
         The images that failed, each with the reason.
@@ -132,15 +168,18 @@ def predict_files(
     dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
     failed: dict[Path, str] = {}
     # The bar goes to stderr as logs do, so that stdout can be piped.
-    bar = tqdm(targets.items(), unit='image', file=sys.stderr)
-    for path, place in bar:
+    bar = tqdm(total=len(targets), unit='image', file=sys.stderr)
+    for path, loaded in _loaded(predictor, list(targets)):
         try:
-            image = _read(path)
-            prediction = predictor(image)
-            target = Path(out_dir) / place.parent / f'{place.name}.png'
-            _write(target, prediction.astype(dtype))
+            image, data = loaded.result()
+            found = predictor.predict(predictor.prepare(image) if data is None else data)
+            target = Path(out_dir) / targets[path].parent / f'{targets[path].name}.png'
+            _write(target, found.classes.astype(dtype))
+            if found.confidence is not None:
+                grey = np.rint(found.confidence * 255).astype(np.uint8)
+                _write(target.with_name(f'{target.stem}_confidence.png'), grey)
             if with_overlay:
-                _write(target.with_name(f'{place.name}_overlay.png'), overlay(image, prediction, predictor.palette))
+                _write(target.with_name(f'{target.stem}_overlay.png'), overlay(image, found.classes, predictor.palette))
         except torch.cuda.OutOfMemoryError:
             failed[path] = 'the GPU has not enough memory for it; try --device cpu'
             torch.cuda.empty_cache()
@@ -148,7 +187,26 @@ def predict_files(
             failed[path] = str(error) or type(error).__name__
         if path in failed:
             bar.write(f'skipped {path}: {failed[path]}', file=sys.stderr)
+        bar.update()
+    bar.close()
     return failed
+
+
+def _loaded(predictor: Predictor, paths: list[Path]) -> Iterator[tuple[Path, Future]]:
+    """Each path with its picture and what the pipeline made of it, one ahead of the caller.
+
+    A large picture's views would take too much memory beside those of the one at work: it is only read.
+    """
+
+    def load(path: Path) -> tuple[np.ndarray, dict | None]:
+        image = _read(path)
+        return image, predictor.prepare(image) if image.shape[0] * image.shape[1] <= _PREPARED_AHEAD else None
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(load, paths[0])
+        for path, after in zip(paths, [*paths[1:], None], strict=True):
+            current, following = following, after and pool.submit(load, after)
+            yield path, current
 
 
 def _read(path: Path) -> np.ndarray:

@@ -39,6 +39,22 @@ STRIDE = 16  # pixels per token in the transformer stages
 _CACHED_GRIDS = 16  # resized position embeddings kept in eval mode: ten test views need at most ten
 
 
+class Linear(nn.Linear):
+    """``nn.Linear``; in float32 on a CPU as a 1 x 1 convolution.
+
+    There PyTorch multiplies matrices with MKL and convolves with oneDNN, which is the faster one: measured 2.2 times on
+    an AMD EPYC, forward, and 1.8 times with the backward pass.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = x.device.type != 'cpu' or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu')
+        if plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return F.linear(x, self.weight, self.bias)
+        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+        out = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
+        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
 class OutlookAttention(nn.Module):
     """Outlook attention (section 3.1): each pooled token predicts the K x K weights that mix its k x k window.
 
@@ -49,9 +65,9 @@ class OutlookAttention(nn.Module):
         super().__init__()
         self.heads, self.kernel_size, self.stride, self.padding = heads, kernel_size, stride, padding
         self.scale = (dim // heads) ** -0.5
-        self.v = nn.Linear(dim, dim, bias=False)
-        self.attn = nn.Linear(dim, kernel_size**4 * heads)
-        self.proj = nn.Linear(dim, dim)
+        self.v = Linear(dim, dim, bias=False)
+        self.attn = Linear(dim, kernel_size**4 * heads)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         K = self.kernel_size**2
@@ -74,8 +90,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, dim * 3, bias=False)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, dim * 3, bias=False)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
@@ -89,8 +105,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, ratio: float):
         super().__init__()
-        self.fc1 = nn.Linear(dim, int(dim * ratio))
-        self.fc2 = nn.Linear(int(dim * ratio), dim)
+        self.fc1 = Linear(dim, int(dim * ratio))
+        self.fc2 = Linear(int(dim * ratio), dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x)))

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mmseg_volo.config import load_config, run_tool
+from mmseg_volo.config import add_inference_arguments, load_config, run_tool
 from mmseg_volo.inference import Predictor, predict_files
 
 
@@ -16,9 +16,21 @@ def main() -> int:
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; by default a GPU where there is one')
     parser.add_argument('--overlay', action='store_true', help='save NAME_overlay.png too')
+    parser.add_argument('--confidence', action='store_true', help='save NAME_confidence.png too, 255 for certain')
+    add_inference_arguments(parser)
     args = parser.parse_args()
 
-    predictor = Predictor(load_config(args.config), args.checkpoint, args.device, args.aug_test)
+    predictor = Predictor(
+        load_config(args.config),
+        args.checkpoint,
+        args.device,
+        args.aug_test,
+        precision=args.precision,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        window_batch=args.window_batch,
+        confidence=args.confidence,
+    )
     failed = predict_files(predictor, args.source, args.out, args.overlay)
     if failed:
         print(f'{len(failed)} of the images failed: {", ".join(map(str, failed))}', file=sys.stderr)

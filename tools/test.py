@@ -2,7 +2,15 @@
 
 import argparse
 
-from mmseg_volo.config import add_common_arguments, build_runner, load_config, run_tool, use_tta
+from mmseg_volo.config import (
+    add_common_arguments,
+    add_inference_arguments,
+    build_runner,
+    load_config,
+    run_tool,
+    set_inference_options,
+    use_tta,
+)
 
 
 def main() -> None:
@@ -12,11 +20,13 @@ def main() -> None:
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
     parser.add_argument('--out', metavar='DIR', help='save predictions there as index PNGs')
     parser.add_argument('--show-dir', metavar='DIR', help='save painted pictures there, truth left, prediction right')
+    add_inference_arguments(parser)
     add_common_arguments(parser)
     args = parser.parse_args()
 
     config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     config.load_from = args.checkpoint
+    set_inference_options(config, args.aug_test, args.precision, args.compile, args.channels_last, args.window_batch)
     if args.aug_test:
         use_tta(config)
     if args.out:

@@ -12,11 +12,11 @@ data_preprocessor = dict(
     test_cfg=dict(size_divisor=16),
 )
 model = dict(
-    type='EncoderDecoder',
+    type='StreamingEncoderDecoder',  # mmseg's EncoderDecoder; takes the same checkpoints
     data_preprocessor=data_preprocessor,
     backbone=dict(type='VOLO', arch='d1', drop_path_rate=0.1, norm_cfg=norm_cfg),
     decode_head=dict(
-        type='UPerHead',
+        type='LeanUPerHead',  # mmseg's UPerHead, with less arithmetic
         in_channels=[192, 384, 384, 384],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),

@@ -1,0 +1,354 @@
+"""mmseg's segmentor and test-time augmentation, with predictions streamed as in :mod:`mmseg_volo.streaming`."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from mmengine.structures import PixelData
+from mmseg.models import EncoderDecoder, SegDataPreProcessor, SegTTAModel
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+from mmseg.utils import SampleList
+from torch import Tensor, nn
+
+from .streaming import View, axis, stream
+
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+# Pixels of the windows in one batch, where nobody says: two of 1024 x 1024 on a GPU.
+_BATCH_PIXELS = {'cpu': 2**18, 'cuda': 2**21}
+
+
+@MODELS.register_module()
+class StreamingEncoderDecoder(EncoderDecoder):
+    """mmseg's :class:`EncoderDecoder`, with the same weights, losses and logits, and predictions that fit in memory.
+
+    Sliding windows run in batches over windows and pictures, and a class map is made a band of rows at a time: no
+    tensor of picture x classes exists unless ``return_logits`` asks for it. Other arguments are EncoderDecoder's;
+    ``test_cfg`` takes, besides ``mode``, ``crop_size`` and ``stride``:
+
+    - ``window_batch``: windows in one forward pass; by default 2 of 1024 x 1024 pixels on a GPU, or 1 of 512 x 512 on a
+      CPU, and as many more as they are smaller. On a GPU it is halved when memory runs out.
+    - ``precision``: 'fp32', 'bf16' or 'fp16' (autocast); by default whatever the caller has set.
+    - ``compile``: run the network through ``torch.compile``.
+    - ``channels_last``: keep the weights of convolutions in that memory format.
+    - ``confidence``: predictions carry ``seg_confidence`` (1, H, W), the probability of the class that was chosen.
+    - ``return_logits``: predictions carry ``seg_logits`` (C, H, W), as EncoderDecoder's always do.
+
+    Raises:
+        ValueError: an unknown precision, or a stride over ``crop_size``, which would leave pixels without a window.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._network = WindowNetwork(self)
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, data_samples: SampleList | None = None) -> SampleList:
+        """Class ids for a batch of prepared pictures (N, 3, H, W).
+
+        Returns:
+            The data samples, or new ones, each with ``pred_sem_seg`` (1, h, w) in its original size, int64 (one class:
+            0 or 1 in float32, as in mmseg), and what ``test_cfg`` asks for.
+        """
+        if data_samples is None:
+            data_samples = [SegDataSample() for _ in inputs]
+        views = [[_view(self, sample, image)] for image, sample in zip(inputs, data_samples, strict=True)]
+        for sample, result in zip(data_samples, _results(self, self._network, views), strict=True):
+            sample.set_data(result)
+        return data_samples
+
+    def slide_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
+        """Logits (N, C, H, W) of pictures (N, 3, H, W) in overlapping windows, averaged where they overlap."""
+        return self._logits(inputs)
+
+    def whole_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
+        """Logits (N, C, H, W) of pictures (N, 3, H, W)."""
+        return self._logits(inputs)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        views = [[_view(self, SegDataSample(), image)] for image in inputs]
+        logits = inputs.new_empty(len(inputs), self.out_channels, *inputs.shape[2:])
+        with self._network.running():
+            for n, rows, columns, tiles in self._network.stream(views):
+                logits[n, :, rows, columns] = next(tiles).transpose(0, 1)
+        return logits
+
+
+@MODELS.register_module()
+class StreamingTTAModel(SegTTAModel):
+    """mmseg's :class:`SegTTAModel`, which adds each view to the average as it comes.
+
+    All views of a picture go down it together, a band of rows at a time, so that ten take hardly more memory than one.
+    The windows of views that are of one size share batches. The average is of probabilities, as in mmseg; where
+    ``test_cfg.return_logits`` asks for it, ``seg_logits`` (C, H, W) is this average, and ``seg_confidence`` comes as in
+    :class:`StreamingEncoderDecoder`.
+
+    Args:
+        module: an :class:`EncoderDecoder`, this package's or mmseg's, or its config.
+        sigmoid_twice: for heads with one output channel. mmseg's SegTTAModel takes the sigmoid of what ``predict`` has
+            already put through one, so that no view falls under 0.5. True does the same, for equal results; False
+            averages the probabilities.
+
+    Raises:
+        TypeError: another kind of model.
+    """
+
+    def __init__(
+        self, module: nn.Module | dict, data_preprocessor: nn.Module | dict | None = None, sigmoid_twice: bool = True
+    ):
+        super().__init__(module, data_preprocessor)
+        if not isinstance(self.module, EncoderDecoder):
+            raise TypeError(
+                f'StreamingTTAModel needs an EncoderDecoder, got {type(self.module).__name__}; use SegTTAModel with it'
+            )
+        self.sigmoid_twice = sigmoid_twice
+        if self.module.out_channels == 1 and sigmoid_twice and self.module.decode_head.threshold <= 0.5:
+            warnings.warn(
+                "as in mmseg's SegTTAModel, the sigmoid is taken twice, so every pixel is over the threshold "
+                f'{self.module.decode_head.threshold}; tta_model=dict(sigmoid_twice=False) averages the probabilities',
+                stacklevel=2,
+            )
+        self._network = WindowNetwork(self.module)
+
+    @torch.no_grad()
+    def test_step(self, data: dict) -> SampleList:
+        """Predict pictures from their views.
+
+        Args:
+            data: ``inputs`` and ``data_samples``, each a list over views of lists over pictures, as
+                ``TestTimeAug`` with ``pseudo_collate`` gives them.
+
+        Returns:
+            The data sample of each picture's first view, with the merged prediction.
+        """
+        views: list[list[View]] = [[] for _ in data['inputs'][0]]
+        for inputs, samples in zip(data['inputs'], data['data_samples'], strict=True):
+            for n, view in enumerate(self._views(inputs, samples)):
+                views[n].append(view)
+        samples = data['data_samples'][0]
+        results = _results(self.module, self._network, views, average=True, sigmoid_twice=self.sigmoid_twice)
+        for sample, result in zip(samples, results, strict=True):
+            sample.set_data(result)
+        return samples
+
+    def _views(self, inputs: Sequence[Tensor], samples: SampleList) -> list[View]:
+        preprocessor = self.module.data_preprocessor
+        if type(preprocessor) is SegDataPreProcessor:
+            # It works on each pixel apart: done on windows, the view stays in 8 bits.
+            crops = [_prepared_crops(preprocessor, image) for image in inputs]
+            return [_view(self.module, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
+        prepared = preprocessor(dict(inputs=inputs, data_samples=samples), False)
+        return [
+            _view(self.module, sample, image)
+            for sample, image in zip(prepared['data_samples'], prepared['inputs'], strict=True)
+        ]
+
+
+class WindowNetwork:
+    """The part of a segmentor that sees windows, run in batches with the options of its ``test_cfg``."""
+
+    def __init__(self, segmentor: EncoderDecoder):
+        self.segmentor = segmentor
+        self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape
+        self._compiled: Callable | None = None
+        # Heads that resize their logits in mmseg's way are asked for them before that, so that it can be folded into
+        # what follows. Others, and cascades, give what they give.
+        head = segmentor.decode_head
+        self._plain = (
+            type(segmentor).encode_decode is EncoderDecoder.encode_decode
+            and isinstance(head, BaseDecodeHead)
+            and type(head).predict is BaseDecodeHead.predict
+            and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.segmentor.parameters()).device
+
+    def stream(self, pictures: list[list[View]]):
+        """See :func:`mmseg_volo.streaming.stream`."""
+        return stream(pictures, self._encode, self.segmentor.out_channels, self.device.type)
+
+    @contextmanager
+    def running(self):
+        """What holds for a whole picture: the options that are set once, and full precision outside the network."""
+        cfg = self.segmentor.test_cfg
+        precision = cfg.get('precision')
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f'test_cfg.precision must be one of {", ".join(PRECISIONS)}, got {precision!r}')
+        if cfg.get('channels_last'):
+            self.segmentor.to(memory_format=torch.channels_last)
+        kind = self.device.type
+        outer = torch.is_autocast_enabled(kind)
+        self._autocast = dict(
+            device_type=kind,
+            enabled=outer if precision is None else precision != 'fp32',
+            dtype=torch.get_autocast_dtype(kind) if precision in (None, 'fp32') else PRECISIONS[precision],
+        )
+        # Autocast keeps the weights that it has cast until the outermost context ends: entered here, they are cast
+        # once for the picture. What follows the network is then taken out of it.
+        with torch.autocast(**self._autocast), torch.autocast(kind, enabled=False):
+            yield
+
+    def _encode(self, due: list[tuple[View, int, int]]) -> None:
+        by_shape: dict[tuple[int, int], list] = {}
+        for window in due:
+            by_shape.setdefault(window[0].window_shape, []).append(window)
+        for shape, windows in by_shape.items():
+            while windows:
+                size = self._batch(shape)
+                batch, windows = windows[:size], windows[size:]
+                try:
+                    logits = self._run(torch.stack([view.window(i, j) for view, i, j in batch]))
+                except torch.cuda.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    torch.cuda.empty_cache()
+                    self._fits[shape] = len(batch) // 2
+                    windows = batch + windows
+                    continue
+                for (view, i, j), of_window in zip(batch, logits, strict=True):
+                    view.put(i, j, of_window)
+
+    def _batch(self, shape: tuple[int, int]) -> int:
+        size = self.segmentor.test_cfg.get('window_batch')
+        if size is None:
+            pixels = _BATCH_PIXELS.get(self.device.type, _BATCH_PIXELS['cuda'])
+            size = max(pixels // (shape[0] * shape[1]), 1)
+        return min(size, self._fits.get(shape, size))
+
+    def _run(self, windows: Tensor) -> Tensor:
+        forward = self._forward
+        if self.segmentor.test_cfg.get('compile'):
+            forward = self._compiled = self._compiled or torch.compile(forward)
+        with torch.autocast(**self._autocast):
+            return forward(windows)
+
+    def _forward(self, windows: Tensor) -> Tensor:
+        if self._plain:
+            return self.segmentor.decode_head(self.segmentor.extract_feat(windows))
+        shape = windows.shape[2:]
+        meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
+        return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
+
+
+def _view(
+    segmentor: EncoderDecoder,
+    sample: SegDataSample,
+    image: Tensor | Callable,
+    shape: tuple[int, int] | None = None,
+    padding: Sequence[int] | None = None,
+) -> View:
+    """The view that a data sample describes, of a prepared image (3, H, W), or of crops from one of this shape."""
+    if isinstance(image, Tensor):
+        shape = tuple(image.shape[-2:])
+        crop = lambda top, left, height, width: image[:, top : top + height, left : left + width]  # noqa: E731
+    else:
+        crop = image
+    meta = sample.metainfo
+    if padding is None:
+        padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    left, right, top, bottom = map(int, padding)
+    out = tuple(map(int, meta.get('ori_shape', shape)[:2]))
+    flip = meta.get('flip_direction') if meta.get('flip') else None
+    if flip not in (None, 'horizontal', 'vertical'):
+        raise ValueError(f"flip_direction must be 'horizontal' or 'vertical', got {flip!r}")
+    window, stride = _windows(segmentor, shape)
+    align = bool(segmentor.align_corners)
+    rows = axis(shape[0], window[0], stride[0], out[0], top, bottom, flip == 'vertical', align)
+    columns = axis(shape[1], window[1], stride[1], out[1], left, right, flip == 'horizontal', align)
+    return View(crop, rows, columns)
+
+
+def _windows(segmentor: EncoderDecoder, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Size and stride of the windows in a view of this shape: one window where the mode is 'whole'."""
+    cfg = segmentor.test_cfg
+    mode = cfg.get('mode', 'whole')
+    if mode == 'whole':
+        return shape, shape
+    if mode != 'slide':
+        raise ValueError(f"test_cfg.mode must be 'slide' or 'whole', got {mode!r}")
+    crop, stride = tuple(cfg['crop_size']), tuple(cfg['stride'])
+    if any(not 0 < s <= c for c, s in zip(crop, stride, strict=True)):
+        raise ValueError(f'test_cfg.stride must be within 1...crop_size, got stride {stride} with crop_size {crop}')
+    return crop, stride
+
+
+def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, tuple[int, int], tuple]:
+    """Crops of an image (3, h, w) as ``pre`` would give them, the shape that it would pad it to, and the padding."""
+    image = image.to(pre.device, non_blocking=True)
+    height, width = image.shape[-2:]
+    cfg = pre.test_cfg or {}
+    if cfg.get('size') is not None:
+        shape = max(height, cfg['size'][-2]), max(width, cfg['size'][-1])
+    else:
+        divisor = cfg.get('size_divisor') or 1
+        shape = -(-height // divisor) * divisor, -(-width // divisor) * divisor
+
+    def crop(top: int, left: int, rows: int, columns: int) -> Tensor:
+        window = image[:, top : top + rows, left : left + columns]
+        if pre._channel_conversion and len(window) == 3:
+            window = window.flip(0)
+        window = window.float()
+        if pre._enable_normalize:
+            window = (window - pre.mean) / pre.std
+        return F.pad(window, (0, columns - window.shape[2], 0, rows - window.shape[1]), value=pre.pad_val)
+
+    return crop, shape, (0, shape[1] - width, 0, shape[0] - height)
+
+
+def _results(
+    segmentor: EncoderDecoder,
+    network: WindowNetwork,
+    pictures: list[list[View]],
+    average: bool = False,
+    sigmoid_twice: bool = False,
+) -> list[dict[str, PixelData]]:
+    """Class ids of each picture, and the confidence and the logits where ``test_cfg`` asks for them.
+
+    ``average`` takes the mean of the views' probabilities, as ``SegTTAModel`` does; without it there is one view.
+    """
+    C, cfg = segmentor.out_channels, segmentor.test_cfg
+    device = network.device
+    maps: list[dict[str, Tensor]] = []
+    for views in pictures:
+        shape = views[0].rows.out, views[0].columns.out
+        found = dict(pred_sem_seg=torch.empty(1, *shape, dtype=torch.int64 if C > 1 else torch.float32, device=device))
+        if cfg.get('confidence'):
+            found['seg_confidence'] = torch.empty(1, *shape, device=device)
+        if cfg.get('return_logits'):
+            found['seg_logits'] = torch.empty(C, *shape, device=device)
+        maps.append(found)
+
+    with network.running():
+        for n, rows, columns, tiles in network.stream(pictures):
+            found = maps[n]
+            scores = None  # (R, C, T): what the class is chosen by
+            for logits in tiles:
+                score = logits
+                if C == 1:
+                    score = score.sigmoid()
+                    if average and sigmoid_twice:
+                        score = score.sigmoid()
+                elif average:
+                    score = score.softmax(1)
+                scores = score if scores is None else scores.add_(score)
+            if average:
+                scores /= len(pictures[n])
+            if C == 1:
+                classes = (scores > segmentor.decode_head.threshold).to(scores)
+            else:
+                classes = scores.argmax(1, keepdim=True)
+            found['pred_sem_seg'][0, rows, columns] = classes[:, 0]
+            if 'seg_logits' in found:
+                found['seg_logits'][:, rows, columns] = scores.transpose(0, 1)
+            if 'seg_confidence' in found:
+                if C == 1:
+                    found['seg_confidence'][0, rows, columns] = torch.where(classes > 0, scores, 1 - scores)[:, 0]
+                else:
+                    probabilities = scores if average else scores.softmax(1)
+                    found['seg_confidence'][0, rows, columns] = probabilities.amax(1)
+    return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]

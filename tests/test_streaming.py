@@ -1,0 +1,52 @@
+"""The matrices of an axis against the chain of resizes that they stand for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmseg_volo.streaming import Axis
+
+CPU = torch.device('cpu')
+
+
+def resized(x: torch.Tensor, size: int, align_corners: bool) -> torch.Tensor:
+    return F.interpolate(x[None, None], size, mode='linear', align_corners=align_corners)[0, 0]
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('flip', [False, True])
+@pytest.mark.parametrize(
+    ('length', 'window', 'stride', 'size', 'out', 'before', 'after'),
+    [
+        (96, 64, 43, 8, 91, 0, 5),  # an overlap, padding at the end
+        (200, 64, 20, 8, 130, 3, 0),  # every pixel in up to four windows
+        (48, 64, 43, 6, 70, 0, 0),  # smaller than the window, enlarged
+        (128, 64, 64, 64, 128, 0, 0),  # no overlap, logits of the window's size
+        (64, 64, 64, 9, 1, 0, 1),
+    ],
+)
+def test_the_matrix_is_the_resizes_of_mmseg(length, window, stride, size, out, before, after, flip, align_corners):
+    axis = Axis(length, window, stride, out, before, after, flip, align_corners)
+    logits = torch.randn(len(axis.starts), size, dtype=torch.float64)
+    total, count = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
+    # The loop of EncoderDecoder.slide_inference.
+    for i in range(max(length - window + stride - 1, 0) // stride + 1):
+        end = min(i * stride + window, length)
+        start = max(end - window, 0)
+        total[start:end] += resized(logits[i], end - start, align_corners)
+        count[start:end] += 1
+    assert count.min() > 0
+    view = (total / count)[before : length - after]
+    expected = resized(view.flip(0) if flip else view, out, align_corners)
+
+    step = 40
+    for (first, last), (parts, matrix) in zip(axis.pieces(step), axis.matrices(step, size, CPU), strict=True):
+        assert {i for i, *_ in parts} <= set(axis.windows(first, last))
+        got = matrix.double() @ torch.cat([logits[i, low:high] for i, low, high in parts])
+        torch.testing.assert_close(got, expected[first:last], rtol=1e-5, atol=1e-5)
+
+
+def test_a_short_band_takes_few_windows_and_few_logits():
+    axis = Axis(10500, 512, 341, 6000)
+    assert len(axis.starts) == 31 and axis.windows(0, 64) == [0] and axis.windows(3000, 3064) == [14, 15]
+    assert max(matrix.shape[1] for _, matrix in axis.matrices(64, 64, CPU)) < 60

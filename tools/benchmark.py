@@ -1,0 +1,136 @@
+"""Measure inference: tools/benchmark.py inference | scaling | precision CONFIG CHECKPOINT IMAGES, each with --help."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+
+from mmengine.device import get_device
+
+from mmseg_volo import benchmark
+from mmseg_volo.benchmark import OPTIONS, Case
+from mmseg_volo.config import run_tool
+from mmseg_volo.segmentors import PRECISIONS
+from mmseg_volo.volo import ARCHS
+
+
+def above_zero(kind: type) -> Callable[[str], int | float]:
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not 0 < value < float('inf'):
+            raise argparse.ArgumentTypeError(f'must be above 0, got {text}')
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
+
+
+COUNT, AMOUNT = above_zero(int), above_zero(float)
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; by default a GPU where there is one')
+    parser.add_argument('--threads', type=COUNT, metavar='N', help="of PyTorch on a CPU; default PyTorch's choice")
+    parser.add_argument('--out', default='work_dirs/benchmark', metavar='DIR', help='for the table (CSV) and the plot')
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
+    parser.add_argument('--arch', nargs='+', choices=list(ARCHS), default=['d1'], metavar='ARCH', help='d1 ... d5')
+    parser.add_argument('--window', type=int, default=512, help='side of the sliding windows; default %(default)s')
+    parser.add_argument('--stride', type=int, default=341, help='of the windows; default %(default)s')
+    parser.add_argument(
+        '--views', type=int, choices=[1, 10], default=views, help='10 is multi-scale and flip; default %(default)s'
+    )
+    parser.add_argument(
+        '--precision', nargs='+', choices=list(PRECISIONS), default=['fp32'], help='default fp32; others by autocast'
+    )
+    parser.add_argument('--compile', action='store_true', help='torch.compile, our side only')
+    parser.add_argument('--channels-last', action='store_true', help='memory format, our side only')
+    parser.add_argument('--window-batch', type=COUNT, metavar='N', help='windows in a forward pass, our side only')
+    parser.add_argument('--no-memory', action='store_true', help='measure time only')
+    add_machine_arguments(parser)
+
+
+def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Case]:
+    return [
+        Case(
+            arch=arch,
+            classes=count,
+            size=size,
+            window=args.window,
+            stride=args.stride,
+            views=args.views,
+            precision=precision,
+            device=args.device,
+            threads=args.threads,
+            window_batch=args.window_batch,
+            compile=args.compile,
+            channels_last=args.channels_last,
+        )
+        for arch, count, precision, size in product(args.arch, classes, args.precision, sizes)
+    ]
+
+
+def inference(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = cases(args, args.classes, [tuple(args.size)])
+    return lambda found: benchmark.inference(todo, args.rounds, not args.no_memory, Path(args.out), found)
+
+
+def scaling(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = cases(args, [args.classes], benchmark.sizes_of(args.megapixels))
+    return lambda found: benchmark.scaling(todo, not args.no_memory, Path(args.out), found)
+
+
+def precision(args: argparse.Namespace) -> Callable[[dict], None]:
+    measured = args.config, args.checkpoint, args.source, args.options, args.rounds, args.aug_test, args.limit
+    return lambda found: benchmark.precision(*measured, Path(args.out), found)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description='Measure time, memory and predictions.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    sub = commands.add_parser('inference', help="stock mmseg with timm's VOLO against this package")
+    sub.set_defaults(prepare=inference, parser=sub)
+    sub.add_argument('--size', nargs=2, type=COUNT, default=[512, 1024], metavar=('H', 'W'), help='default 512 1024')
+    sub.add_argument('--classes', nargs='+', type=COUNT, default=[19, 150], help='default 19 150')
+    sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')
+    add_case_arguments(sub, views=10)
+
+    sub = commands.add_parser('scaling', help='cost against the size of the picture, this package only')
+    sub.set_defaults(prepare=scaling, parser=sub)
+    sub.add_argument('--megapixels', nargs='+', type=AMOUNT, default=[1, 2, 4, 8, 16, 24], help='default 1 2 4 8 16 24')
+    sub.add_argument('--classes', type=COUNT, default=150, help='default %(default)s')
+    add_case_arguments(sub, views=1)
+
+    sub = commands.add_parser('precision', help='what each option changes on your model and your pictures')
+    sub.set_defaults(prepare=precision, parser=sub)
+    sub.add_argument('config', help='config file')
+    sub.add_argument('checkpoint', help='checkpoint file')
+    sub.add_argument('source', nargs='+', help='images, folders or quoted glob patterns')
+    plain = [name for name in OPTIONS if name != 'compile']
+    sub.add_argument('--options', nargs='+', choices=list(OPTIONS), default=plain, help='default: all but compile')
+    sub.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
+    sub.add_argument('--limit', type=COUNT, default=10, metavar='N', help='pictures at most; default %(default)s')
+    sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')
+    add_machine_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser().parse_args(argv)
+    args.device = args.device or get_device()
+    try:
+        found = benchmark.environment(args.device, args.threads)
+        measure = args.prepare(args)
+    except ValueError as error:
+        args.parser.error(str(error))
+    benchmark.print_header(found, shlex.join(['python', 'tools/benchmark.py', *argv]))
+    measure(found)
+
+
+if __name__ == '__main__':
+    run_tool(main)
