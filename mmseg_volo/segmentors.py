@@ -72,8 +72,9 @@ class StreamingEncoderDecoder(EncoderDecoder):
         views = [[_view(self, SegDataSample(), image)] for image in inputs]
         logits = inputs.new_empty(len(inputs), self.out_channels, *inputs.shape[2:])
         with self._network.running():
-            for n, rows, columns, tiles in self._network.stream(views):
-                logits[n, :, rows, columns] = next(tiles).transpose(0, 1)
+            for n, along, across, tiles in self._network.stream(views):
+                target = logits[n].mT if views[n][0].turned else logits[n]
+                target[:, along, across] = next(tiles).transpose(0, 1)
         return logits
 
 
@@ -170,7 +171,7 @@ class WindowNetwork:
 
     def stream(self, pictures: list[list[View]]):
         """See :func:`mmseg_volo.streaming.stream`."""
-        return stream(pictures, self._encode, self.segmentor.out_channels, self.device.type)
+        return stream(pictures, self._encode, self.segmentor.out_channels, self.device)
 
     @contextmanager
     def running(self):
@@ -315,7 +316,7 @@ def _results(
     device = network.device
     maps: list[dict[str, Tensor]] = []
     for views in pictures:
-        shape = views[0].rows.out, views[0].columns.out
+        shape = views[0].shape
         found = dict(pred_sem_seg=torch.empty(1, *shape, dtype=torch.int64 if C > 1 else torch.float32, device=device))
         if cfg.get('confidence'):
             found['seg_confidence'] = torch.empty(1, *shape, device=device)
@@ -324,8 +325,8 @@ def _results(
         maps.append(found)
 
     with network.running():
-        for n, rows, columns, tiles in network.stream(pictures):
-            found = maps[n]
+        for n, along, across, tiles in network.stream(pictures):
+            found = {name: data.mT if pictures[n][0].turned else data for name, data in maps[n].items()}
             scores = None  # (R, C, T): what the class is chosen by
             for logits in tiles:
                 score = logits
@@ -342,13 +343,13 @@ def _results(
                 classes = (scores > segmentor.decode_head.threshold).to(scores)
             else:
                 classes = scores.argmax(1, keepdim=True)
-            found['pred_sem_seg'][0, rows, columns] = classes[:, 0]
+            found['pred_sem_seg'][0, along, across] = classes[:, 0]
             if 'seg_logits' in found:
-                found['seg_logits'][:, rows, columns] = scores.transpose(0, 1)
+                found['seg_logits'][:, along, across] = scores.transpose(0, 1)
             if 'seg_confidence' in found:
                 if C == 1:
-                    found['seg_confidence'][0, rows, columns] = torch.where(classes > 0, scores, 1 - scores)[:, 0]
+                    found['seg_confidence'][0, along, across] = torch.where(classes > 0, scores, 1 - scores)[:, 0]
                 else:
                     probabilities = scores if average else scores.softmax(1)
-                    found['seg_confidence'][0, rows, columns] = probabilities.amax(1)
+                    found['seg_confidence'][0, along, across] = probabilities.amax(1)
     return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]

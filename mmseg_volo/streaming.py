@@ -1,4 +1,4 @@
-"""From windows to the picture a band of rows at a time, without logits of the picture's size.
+"""From windows to the picture a narrow band at a time, without logits of the picture's size.
 
 Between the decode head and the softmax or argmax mmseg does nothing but linear maps: the logits of each window are
 upsampled to the window, overlapping windows are averaged, padding is taken off, the view is flipped back and resized
@@ -7,16 +7,17 @@ to the original picture (``EncoderDecoder.slide_inference``, ``BaseDecodeHead.pr
 
     result = sum over windows (i, j) of  rows_i @ logits_ij @ columns_j^T
 
-with two small matrices per window, nearly all zeros, which :class:`Axis` makes. :func:`stream` walks down the result in
-bands of rows, runs the network on the windows that the band needs, and keeps their small logits only as long as a band
-needs them. Memory grows with the width of the picture, whatever its height, the classes only with the band.
+with two small matrices per window, nearly all zeros, which :class:`Axis` makes. :func:`stream` walks along the result
+in narrow bands, runs the network on the windows that the band needs, and keeps their small logits only as long as a
+band needs them. Besides the picture and its class ids, memory grows with the picture's shorter side alone.
 
-Shapes: C classes; h, w what the decode head returns for one window; n windows side by side; R, T the tile's rows and
-columns.
+Shapes: C classes; h, w what the decode head returns for one window; n windows across the walk; R, T a tile's pixels
+along the walk and across it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,21 @@ from torch import Tensor
 # in the cache, on a GPU such that it is busy.
 _TILE = {'cpu': (2**18, 128), 'cuda': (2**25, 4096)}
 _MAX_BAND = {'cpu': 128, 'cuda': 4096}
+# Logits of windows are kept in slices of as many rows, to be given up one by one; on a GPU few copies count for more.
+_SLICE = {'cpu': 8, 'cuda': 4096}
+
+
+class Piece(NamedTuple):
+    """How one piece of the results, ``first``...``last - 1``, comes from the windows' logits.
+
+    ``parts`` are the logits that take part, as ``(window, low, high)`` for each window that does; ``matrix`` (last -
+    first, all these logits in order) is float32; ``needed`` are the logits, ``{window: (low, high)}``, that this piece
+    or a later one takes.
+    """
+
+    parts: list[tuple[int, int, int]]
+    matrix: Tensor
+    needed: dict[int, tuple[int, int]]
 
 
 class Axis:
@@ -65,7 +81,7 @@ class Axis:
         if flip:
             below, above = valid - 1 - below, valid - 1 - above
         self._taps = below + before, above + before, weight
-        self._matrices: dict[tuple, list] = {}
+        self._plans: dict[tuple, list[Piece]] = {}
 
     def windows(self, first: int, last: int) -> list[int]:
         """Indices of the windows that the results ``first``...``last - 1`` come from."""
@@ -76,23 +92,26 @@ class Axis:
         """The results in pieces of ``step``, each as ``first, last``."""
         return [(first, min(first + step, self.out)) for first in range(0, self.out, step)]
 
-    def matrices(self, step: int, size: int, device: torch.device) -> list[tuple[list[tuple], Tensor]]:
-        """For each piece of the results, the matrix that it comes from the windows' logits by, its zeros left out.
+    def plan(self, step: int, size: int, device: torch.device) -> list[Piece]:
+        """How each of :meth:`pieces` is made.
 
         Args:
             step: of :meth:`pieces`.
             size: length of a window's logits along this axis.
             device: of the matrices.
-
-        Returns:
-            For each piece the logits that take part, as ``(window, low, high)`` for each window that does, and the
-            matrix (last - first, all these logits in order), float32.
         """
         key = step, size, device
-        if key not in self._matrices:
+        if key not in self._plans:
             # All at once: small tensors made between large ones that come and go would keep the heap from shrinking.
-            self._matrices[key] = [self._matrix(first, last, size, device) for first, last in self.pieces(step)]
-        return self._matrices[key]
+            made = [self._matrix(first, last, size, device) for first, last in self.pieces(step)]
+            needed: dict[int, tuple[int, int]] = {}
+            self._plans[key] = []
+            for parts, matrix in reversed(made):
+                for i, low, high in parts:
+                    low_later, high_later = needed.get(i, (low, high))
+                    needed[i] = min(low, low_later), max(high, high_later)
+                self._plans[key].insert(0, Piece(parts, matrix, dict(needed)))
+        return self._plans[key]
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
         positions = np.concatenate([taps[first:last] for taps in self._taps[:2]])
@@ -150,70 +169,103 @@ def _linear_taps(out: int, size: int, align_corners: bool) -> tuple[np.ndarray, 
 class View:
     """One view of a picture: windows to look at, and the logits of those that are still needed.
 
+    The result is walked along its longer side: of windows that overlap, fewer stand across the shorter one.
+
     Args:
         crop: gives the window (channels, height, width), ready for the network, at ``(top, left, height, width)``.
         rows, columns: the view's axes.
+
+    Attributes:
+        shape: (height, width) of the result.
+        turned: the result is walked along its columns.
+        along, across: the axes, as it is walked.
     """
 
     def __init__(self, crop: Callable[[int, int, int, int], Tensor], rows: Axis, columns: Axis):
-        self.crop, self.rows, self.columns = crop, rows, columns
-        self._logits: dict[int, Tensor] = {}  # row of windows: (h, C, n, w)
+        self.crop = crop
+        self.shape = rows.out, columns.out
+        self.turned = columns.out > rows.out
+        self.along, self.across = (columns, rows) if self.turned else (rows, columns)
+        self._size = 0, 0  # h, w
+        # For each line of windows its slices (rows, C, n, w), of those that are still needed.
+        self._logits: dict[int, dict[int, Tensor]] = {}
         self._spare: list[Tensor] = []
 
     @property
     def window_shape(self) -> tuple[int, int]:
-        return self.rows.window, self.columns.window
+        """(height, width)."""
+        shape = self.along.window, self.across.window
+        return shape[::-1] if self.turned else shape
 
     def missing(self, first: int, last: int) -> list[tuple['View', int, int]]:
-        """The windows that rows ``first``...``last - 1`` of the result need and that have no logits yet."""
-        needed = [i for i in self.rows.windows(first, last) if i not in self._logits]
-        return [(self, i, j) for i in needed for j in range(len(self.columns.starts))]
+        """The windows that ``first``...``last - 1`` along the result need and that have no logits yet."""
+        needed = [i for i in self.along.windows(first, last) if i not in self._logits]
+        return [(self, i, j) for i in needed for j in range(len(self.across.starts))]
 
     def window(self, i: int, j: int) -> Tensor:
-        return self.crop(self.rows.starts[i], self.columns.starts[j], *self.window_shape)
+        corner = self.along.starts[i], self.across.starts[j]
+        return self.crop(*(corner[::-1] if self.turned else corner), *self.window_shape)
 
     def put(self, i: int, j: int, logits: Tensor) -> None:
-        """Keep the logits (C, h, w) of window ``i, j``."""
-        C, h, w = logits.shape
-        if i not in self._logits:
-            shape = (h, C, len(self.columns.starts), w)
-            new = not self._spare
-            self._logits[i] = torch.empty(shape, device=logits.device) if new else self._spare.pop()
-        self._logits[i][:, :, j] = logits.transpose(0, 1)
+        """Keep the logits (C, height, width) of window ``i, j``."""
+        logits = (logits.mT if self.turned else logits).transpose(0, 1)  # h, C, w
+        h, C, w = logits.shape
+        self._size = h, w
+        step = min(self._slice(logits.device), h)
+        slices = self._logits.setdefault(i, {})
+        for low in range(0, h, step):
+            if low not in slices:
+                shape = step, C, len(self.across.starts), w
+                slices[low] = self._spare.pop() if self._spare else torch.empty(shape, device=logits.device)
+            part = logits[low : low + step]
+            slices[low][: len(part), :, j] = part
 
-    def keep(self, first: int, last: int) -> None:
-        """Forget what rows ``first``...``last - 1`` of the result do not need."""
-        needed = self.rows.windows(first, last)
-        for i in [i for i in self._logits if i not in needed]:
-            dropped = self._logits.pop(i)
-            if not dropped.requires_grad:  # else the backward pass may still read it
-                self._spare.append(dropped)
+    def drop(self, step: int, k: int, device: torch.device) -> None:
+        """Forget what the ``k``-th ``step`` along the result was the last to need."""
+        plan = self.along.plan(step, self._size[0], device)
+        needed = plan[k + 1].needed if k + 1 < len(plan) else {}
+        rows = self._slice(device)
+        for i, slices in list(self._logits.items()):
+            begin, end = needed.get(i, (0, 0))
+            for low in [low for low in slices if low >= end or low + rows <= begin]:
+                dropped = slices.pop(low)
+                if not dropped.requires_grad:  # else the backward pass may still read it
+                    self._spare.append(dropped)
+            if not slices:
+                del self._logits[i]
 
-    def fold_rows(self, step: int, k: int) -> Tensor:
-        """The ``k``-th ``step`` rows of the result, columns still those of the windows: (R, C, n, w)."""
-        shape = next(iter(self._logits.values())).shape
-        folded = None
-        parts, matrix = self.rows.matrices(step, shape[0], self._device)[k]
-        of_part = matrix.split([high - low for _, low, high in parts], 1)
-        for (i, low, high), weights in zip(parts, of_part, strict=True):
-            logits = self._logits[i][low:high].flatten(1)
-            folded = weights @ logits if folded is None else folded.addmm_(weights, logits)
-        return folded.view(-1, *shape[1:])
+    @staticmethod
+    def _slice(device: torch.device) -> int:
+        return _SLICE.get(device.type, _SLICE['cuda'])
 
-    def fold_columns(self, folded: Tensor, step: int, k: int) -> Tensor:
-        """The ``k``-th ``step`` columns of what :meth:`fold_rows` gave: (R, C, T)."""
+    def fold_along(self, step: int, k: int, device: torch.device) -> Tensor:
+        """The ``k``-th ``step`` along the result, across it still as the windows are: (R, C, n, w)."""
+        folded, done, rows = None, 0, self._slice(device)
+        piece = self.along.plan(step, self._size[0], device)[k]
+        for i, low, high in piece.parts:
+            for begin in range(low // rows * rows, high, rows):
+                a, b = max(low, begin), min(high, begin + rows)
+                logits = self._logits[i][begin][a - begin : b - begin]
+                weights, done = piece.matrix[:, done : done + b - a], done + b - a
+                if folded is None:
+                    folded, shape = weights @ logits.flatten(1), logits.shape[1:]
+                else:
+                    folded.addmm_(weights, logits.flatten(1))
+        return folded.view(-1, *shape)
+
+    def fold_across(self, folded: Tensor, step: int, k: int) -> Tensor:
+        """The ``k``-th ``step`` across, of what :meth:`fold_along` gave: (R, C, T)."""
         R, C, _, w = folded.shape
-        parts, matrix = self.columns.matrices(step, w, self._device)[k]
+        parts, matrix, _ = self.across.plan(step, w, folded.device)[k]
         logits = torch.cat([folded[:, :, j, low:high] for j, low, high in parts], 2)
         return (logits.view(R * C, -1) @ matrix.T).view(R, C, -1)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._logits.values())).device
-
 
 def stream(
-    pictures: Sequence[Sequence[View]], encode: Callable[[list[tuple[View, int, int]]], None], classes: int, device: str
+    pictures: Sequence[Sequence[View]],
+    encode: Callable[[list[tuple[View, int, int]]], None],
+    classes: int,
+    device: torch.device,
 ) -> Iterator[tuple[int, slice, slice, Iterator[Tensor]]]:
     """Walk over pictures tile by tile.
 
@@ -221,27 +273,27 @@ def stream(
         pictures: the views of each picture; all views of one give a result of the same size.
         encode: runs the network on windows and puts their logits where they belong (:meth:`View.put`).
         classes: C.
-        device: type of the device, 'cpu' or 'cuda', which sets the size of the tiles.
+        device: of the logits.
 
     Yields:
-        Index of the picture; rows and columns of the tile; for each view, in order, its logits there (R, C, T).
+        Index of the picture; the tile, along and across the result (its columns and rows where the views are
+        ``turned``); for each view, in order, its logits there (R, C, T).
     """
-    elements, step_across = _TILE.get(device, _TILE['cuda'])
-    limit = _MAX_BAND.get(device, _MAX_BAND['cuda'])
+    elements, step_across = _TILE.get(device.type, _TILE['cuda'])
+    limit = _MAX_BAND.get(device.type, _MAX_BAND['cuda'])
     steps, bands, tiles = [], [], []
     for views in pictures:
-        rows, columns = views[0].rows, views[0].columns
-        steps.append(min(max(elements // (classes * min(step_across, columns.out)), 8), limit))
-        bands.append(rows.pieces(steps[-1]))
-        tiles.append(columns.pieces(step_across))
+        along, across = views[0].along, views[0].across
+        steps.append(min(max(elements // (classes * min(step_across, across.out)), 8), limit))
+        bands.append(along.pieces(steps[-1]))
+        tiles.append(across.pieces(step_across))
     for k in range(max(map(len, bands))):
         running = [n for n in range(len(pictures)) if k < len(bands[n])]
         encode([window for n in running for view in pictures[n] for window in view.missing(*bands[n][k])])
         for n in running:
-            folded = [(view, view.fold_rows(steps[n], k)) for view in pictures[n]]
-            for t, (left, right) in enumerate(tiles[n]):
-                of_views = (view.fold_columns(rows, step_across, t) for view, rows in folded)
-                yield n, slice(*bands[n][k]), slice(left, right), of_views
-            if k + 1 < len(bands[n]):
-                for view in pictures[n]:
-                    view.keep(*bands[n][k + 1])
+            folded = [(view, view.fold_along(steps[n], k, device)) for view in pictures[n]]
+            for t, tile in enumerate(tiles[n]):
+                of_views = (view.fold_across(band, step_across, t) for view, band in folded)
+                yield n, slice(*bands[n][k]), slice(*tile), of_views
+            for view in pictures[n]:
+                view.drop(steps[n], k, device)

@@ -40,7 +40,7 @@ def test_the_matrix_is_the_resizes_of_mmseg(length, window, stride, size, out, b
     expected = resized(view.flip(0) if flip else view, out, align_corners)
 
     step = 40
-    for (first, last), (parts, matrix) in zip(axis.pieces(step), axis.matrices(step, size, CPU), strict=True):
+    for (first, last), (parts, matrix, _) in zip(axis.pieces(step), axis.plan(step, size, CPU), strict=True):
         assert {i for i, *_ in parts} <= set(axis.windows(first, last))
         got = matrix.double() @ torch.cat([logits[i, low:high] for i, low, high in parts])
         torch.testing.assert_close(got, expected[first:last], rtol=1e-5, atol=1e-5)
@@ -49,4 +49,9 @@ def test_the_matrix_is_the_resizes_of_mmseg(length, window, stride, size, out, b
 def test_a_short_band_takes_few_windows_and_few_logits():
     axis = Axis(10500, 512, 341, 6000)
     assert len(axis.starts) == 31 and axis.windows(0, 64) == [0] and axis.windows(3000, 3064) == [14, 15]
-    assert max(matrix.shape[1] for _, matrix in axis.matrices(64, 64, CPU)) < 60
+    plan = axis.plan(64, 64, CPU)
+    assert max(piece.matrix.shape[1] for piece in plan) < 60
+    # Window 14 begins at pixel 4774 of the view, or 2728 of the result; 64 logits are its 512 pixels.
+    assert plan[2700 // 64].needed[14] == (0, 64) and 14 not in plan[3100 // 64].needed
+    low, high = plan[2900 // 64].needed[14]
+    assert high == 64 and 30 < low < 40
