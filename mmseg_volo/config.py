@@ -96,7 +96,7 @@ def set_inference_options(
         window_batch=window_batch,
         confidence=confidence,
     )
-    asked = {name: value for name, value in options.items() if value not in (None, False)}
+    asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if not asked:
         return
     needed, given = 'StreamingEncoderDecoder', config.model.type

@@ -1,8 +1,9 @@
 """mmseg's segmentor and test-time augmentation, with predictions streamed as in :mod:`mmseg_volo.streaming`."""
 
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.nn.functional as F
@@ -200,6 +201,8 @@ class WindowNetwork:
             by_shape.setdefault(window[0].window_shape, []).append(window)
         for shape, windows in by_shape.items():
             while windows:
+                if self.device.type == 'cpu':
+                    _give_back_free_memory()
                 size = self._batch(shape)
                 batch, windows = windows[:size], windows[size:]
                 try:
@@ -234,6 +237,16 @@ class WindowNetwork:
         shape = windows.shape[2:]
         meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
         return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
+
+
+def _give_back_free_memory() -> None:
+    """Return free pages within the C heap to the system, where the C library can (glibc).
+
+    Windows of several shapes leave gaps of several sizes, which do not fit each other: without this a process that
+    predicts ten views grew by 380 to 560 MB, with it by 350 to 370 (VOLO-D1, 512 x 1024).
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _view(

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -11,7 +12,18 @@ from mmengine.config import Config
 from mmseg.registry import MODELS
 from test_tools import CONFIG
 
-from mmseg_volo.benchmark import SIDES, Case, build, copy_weights, draw, prepare, ready, sizes_of, view_pixels
+from mmseg_volo.benchmark import (
+    SIDES,
+    Case,
+    build,
+    copy_weights,
+    draw,
+    measure_memory,
+    prepare,
+    ready,
+    sizes_of,
+    view_pixels,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ['--window', '64', '--stride', '43', '--device', 'cpu', '--threads', '1']
@@ -115,6 +127,16 @@ def test_scaling(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 's per megapixel; the line through 0' in printed and 'memory' not in printed.split('before the start')[1]
     assert sizes_of([24]) == [(4000, 6000)]
+
+
+@pytest.mark.slow
+def test_memory_of_ten_views():
+    """VOLO-D1, 512 x 1024, 150 classes: against one view, and against stock mmseg."""
+    case = Case()
+    picture = draw(case.size)
+    ten, one = (measure_memory(replace(case, views=views), 'ours', picture) for views in (10, 1))
+    assert ten.peak <= 1.15 * one.peak, (ten, one)
+    assert ten.growth <= 0.35 * measure_memory(case, 'stock', picture).growth
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -14,7 +15,8 @@ import torch
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
 
 from mmseg_volo.checkpoint import load_from_local
-from mmseg_volo.inference import find_images
+from mmseg_volo.config import ConfigError
+from mmseg_volo.inference import Predictor, find_images
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = f"""
@@ -76,6 +78,11 @@ def trained(tmp_path_factory):
 
 def miou(output: str) -> str:
     return re.findall(r'mIoU: ([\d.]+)', output)[-1]
+
+
+def iou_table(output: str) -> list[str]:
+    """The last table of IoU and accuracy per class."""
+    return re.findall(r'^\+-.*?\n((?:\|.*\n|\+-.*\n)+)', output, re.MULTILINE)[-1].splitlines()
 
 
 def test_train_logs_an_eta_and_saves_what_reads_safely(trained):
@@ -167,7 +174,7 @@ def test_two_processes_without_a_gpu(trained):
     assert (work / 'dist/iter_4.pth').is_file()
     # Three pictures in shares of two and one (padded to two and two) give the single process's table.
     tested = run('bash', 'tools/dist_test.sh', config, checkpoint, '2', '--work-dir', work / 'dt', **env)
-    assert miou(tested) == miou(output)
+    assert miou(tested) == miou(output) and iou_table(tested) == iou_table(output)
     assert 'usage:' in run('bash', 'tools/dist_train.sh', config, fails=True)
 
 
@@ -222,6 +229,65 @@ def test_predict_reports_the_bad_file_and_goes_on(trained):
     colours = np.array(model.dataset_meta['palette'], np.uint8)[expected][..., ::-1]
     overlay = cv2.imread(str(out / 'a_overlay.png')).astype(int)
     assert np.abs(overlay - (image.astype(int) + colours) / 2).max() <= 1
+
+
+def test_options_of_prediction(trained, tmp_path):
+    config, work, checkpoint, _ = trained
+    picture = next((work / 'scenes/leftImg8bit/val').rglob('*.png'))
+    image = cv2.imread(str(picture))
+    for aug_test in (False, True):
+        plain = Predictor(str(config), str(checkpoint), 'cpu', aug_test)
+        found = plain.predict(plain.prepare(image))
+        assert found.confidence is None and (found.classes == plain(image)).all()
+        options = dict(precision='bf16', channels_last=True, window_batch=1, confidence=True)
+        low = Predictor(str(config), str(checkpoint), 'cpu', aug_test, **options)
+        rounded = low.predict(low.prepare(image))
+        assert (rounded.classes == found.classes).mean() > 0.9
+        assert rounded.confidence.shape == image.shape[:2] and rounded.confidence.min() > 1 / 19
+        segmentor = low.model.module if aug_test else low.model
+        assert {key: segmentor.test_cfg[key] for key in options} == options
+    flags = '--precision', 'bf16', '--window-batch', '4', '--channels-last', '--device', 'cpu'
+    tool('predict.py', config, checkpoint, picture, '--out', tmp_path, '--confidence', '--aug-test', *flags)
+    grey = cv2.imread(str(tmp_path / f'{picture.stem}_confidence.png'), -1)
+    assert grey.dtype == np.uint8 and (np.abs(grey - rounded.confidence * 255) <= 1).mean() > 0.99
+    tested = tool('test.py', config, checkpoint, '--work-dir', work / 't', *flags[:-2])
+    assert abs(float(miou(tested)) - float(miou(trained[3]))) < 1
+
+
+def test_options_on_a_model_without_them(trained):
+    config, work, checkpoint, _ = trained
+    stock = work / 'stock.py'
+    stock.write_text(
+        f"_base_ = '{config}'\nmodel = dict(type='EncoderDecoder')\ntta_model = dict(type='SegTTAModel')\n"
+    )
+    load = partial(Predictor, str(stock), str(checkpoint), 'cpu')
+    assert load()(np.zeros((64, 128, 3), np.uint8)).shape == (64, 128)  # the same checkpoint
+    with pytest.raises(ConfigError, match=r"precision: EncoderDecoder has no such options; set model\.type to 'Stream"):
+        load(precision='bf16')
+    with pytest.raises(ConfigError, match=r"compile: SegTTAModel has no such options; set tta_model\.type to 'Stream"):
+        load(aug_test=True, compile=True)
+    with pytest.raises(ConfigError, match='window_batch must be 1 or more, got 0'):
+        Predictor(str(config), str(checkpoint), 'cpu', window_batch=0)
+    output = tool('predict.py', stock, checkpoint, 'x.png', '--out', work / 'x', '--precision', 'bf16', fails=True)
+    assert 'error: precision: EncoderDecoder has no such options' in output and 'Traceback' not in output
+
+
+def test_a_compiler_is_asked_for_where_one_is_needed(trained, monkeypatch):
+    monkeypatch.setattr('shutil.which', lambda _: None)
+    with pytest.raises(ConfigError, match=r'compile needs a C\+\+ compiler'):
+        Predictor(str(trained[0]), str(trained[2]), 'cpu', compile=True)
+
+
+def test_logits_are_there_for_code_that_reads_them(trained):
+    """mmseg's own API: no logits by default, ``test_cfg.return_logits`` brings them back."""
+    config, work, checkpoint, _ = trained
+    picture = str(next((work / 'scenes/leftImg8bit/val').rglob('*.png')))
+    model = init_model(str(config), str(checkpoint), device='cpu')
+    assert 'seg_logits' not in inference_model(model, picture)
+    wish = dict(model=dict(test_cfg=dict(return_logits=True)))
+    result = inference_model(init_model(str(config), str(checkpoint), 'cpu', cfg_options=wish), picture)
+    assert result.seg_logits.data.shape == (19, 64, 128)
+    assert torch.equal(result.seg_logits.data.argmax(0, keepdim=True), result.pred_sem_seg.data)
 
 
 def test_predict_aug_test_equals_test_aug_test(trained):
