@@ -302,9 +302,12 @@ def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, 
         divisor = cfg.get('size_divisor') or 1
         shape = -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
+    # The first name is the maintained mmsegmentation's, the second that of 1.2.2.
+    swap = pre._channel_conversion if hasattr(pre, '_channel_conversion') else pre.channel_conversion
+
     def crop(top: int, left: int, rows: int, columns: int) -> Tensor:
         window = image[:, top : top + rows, left : left + columns]
-        if pre._channel_conversion and len(window) == 3:
+        if swap and len(window) == 3:
             window = window.flip(0)
         window = window.float()
         if pre._enable_normalize:
