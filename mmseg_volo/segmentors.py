@@ -26,7 +26,7 @@ _BATCH_PIXELS = {'cpu': 2**18, 'cuda': 2**21}
 class StreamingEncoderDecoder(EncoderDecoder):
     """mmseg's :class:`EncoderDecoder`, with the same weights, losses and logits, and predictions that fit in memory.
 
-    Sliding windows run in batches over windows and pictures, and a class map is made a band of rows at a time: no
+    Sliding windows run in batches over windows and pictures, and a class map is made a narrow band at a time: no
     tensor of picture x classes exists unless ``return_logits`` asks for it. Other arguments are EncoderDecoder's;
     ``test_cfg`` takes, besides ``mode``, ``crop_size`` and ``stride``:
 
@@ -83,7 +83,7 @@ class StreamingEncoderDecoder(EncoderDecoder):
 class StreamingTTAModel(SegTTAModel):
     """mmseg's :class:`SegTTAModel`, which adds each view to the average as it comes.
 
-    All views of a picture go down it together, a band of rows at a time, so that ten take hardly more memory than one.
+    All views of a picture go along it together, a narrow band at a time, so that of none the full-size logits exist.
     The windows of views that are of one size share batches. The average is of probabilities, as in mmseg; where
     ``test_cfg.return_logits`` asks for it, ``seg_logits`` (C, H, W) is this average, and ``seg_confidence`` comes as in
     :class:`StreamingEncoderDecoder`.
