@@ -11,7 +11,7 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmseg_volo/version.py').re
 # The OpenMMLab line that is maintained today; imported as mmengine, mmcv and mmseg.
 OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentation>=1.4.0']
 DATA = ['cityscapesscripts>=2.2']
-TEST = ['pytest>=8', *DATA]
+TEST = ['pytest>=8', 'onnx', 'onnxruntime', 'onnxscript', *DATA]
 
 setup(
     name='mmseg_volo',
@@ -28,6 +28,7 @@ setup(
         'timm>=1.0.9',
         *OPENMMLAB,
         'opencv-python',
+        'numba>=0.61',
         'numpy',
         'pillow',
         'safetensors',

@@ -27,7 +27,19 @@ from mmseg_volo.benchmark import (
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ['--window', '64', '--stride', '43', '--device', 'cpu', '--threads', '1']
-MACHINE = {'device', 'device_name', 'threads', 'torch', 'mmseg', 'timm', 'triton', 'mmseg_volo', 'load', 'date'}
+MACHINE = {
+    'device',
+    'device_name',
+    'threads',
+    'torch',
+    'mmseg',
+    'timm',
+    'triton',
+    'numba',
+    'mmseg_volo',
+    'load',
+    'date',
+}
 CASE = {'arch', 'classes', 'height', 'width', 'window', 'stride', 'views', 'precision', 'window_batch'}
 CASE |= {'compile', 'channels_last'}
 
@@ -182,6 +194,16 @@ def test_precision(model, tmp_path, capsys):
         (['inference', '--device', 'nonsense'], 'device nonsense cannot be used'),
         (['scaling', '--megapixels', 1, -2], 'argument --megapixels: must be above 0, got -2'),
         (['scaling', '--megapixels', 0.001], 'pictures need at least 64 pixels a side, got 26 x 39'),
+        (['op', '--shape', 'd1'], 'argument --shape: must be a variant and the side of the picture, as d1@512, got d1'),
+        (['op', '--shape', 'd9@512'], 'arch must be one of d1, d2, d3, d4, d5, got d9'),
+        (['op', '--shape', 'd1@30'], 'image side must be a multiple of 8, 32 or more, got 30'),
+        (['op', '--impl', 'fastest'], "invalid choice: 'fastest'"),
+        (['op', '--device', 'nonsense'], 'device nonsense cannot be used'),
+        (['backbone', '--size', 72, 64], 'size must be multiples of 16, got 72 x 64'),
+        (['backbone', '--size', 48, 64], 'pictures need at least 64 pixels a side, got 48 x 64'),
+        (['train', '--batch', 1], 'training needs a batch of 2 or more, got 1'),
+        (['models', '--models', 'resnet'], "invalid choice: 'resnet'"),
+        (['models', '--batch', 0], 'argument --batch: must be above 0, got 0'),
         ([], 'COMMAND'),
     ],
 )

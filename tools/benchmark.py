@@ -1,4 +1,8 @@
-"""Measure inference: tools/benchmark.py inference | scaling | precision CONFIG CHECKPOINT IMAGES, each with --help."""
+"""Measure this package: tools/benchmark.py COMMAND, each with --help.
+
+inference, scaling and precision predict whole pictures; op, backbone and train time a part of the work against its
+peer; models sets VOLO beside other networks.
+"""
 
 import argparse
 import shlex
@@ -10,7 +14,17 @@ from pathlib import Path
 from mmengine.device import get_device
 
 from mmseg_volo import benchmark
-from mmseg_volo.benchmark import OPTIONS, Case
+from mmseg_volo.benchmark import (
+    IMPLEMENTATIONS,
+    MODES,
+    NETWORKS,
+    OPTIONS,
+    BackboneCase,
+    Case,
+    ModelCase,
+    OpCase,
+    TrainCase,
+)
 from mmseg_volo.config import run_tool
 from mmseg_volo.segmentors import PRECISIONS
 from mmseg_volo.volo import ARCHS
@@ -30,24 +44,53 @@ def above_zero(kind: type) -> Callable[[str], int | float]:
 COUNT, AMOUNT = above_zero(int), above_zero(float)
 
 
+def op_shape(text: str) -> tuple[str, int]:
+    arch, at, side = text.partition('@')
+    if not at or not side.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be a variant and the side of the picture, as d1@512, got {text}')
+    return arch, int(side)
+
+
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; by default a GPU where there is one')
     parser.add_argument('--threads', type=COUNT, metavar='N', help="of PyTorch on a CPU; default PyTorch's choice")
     parser.add_argument('--out', default='work_dirs/benchmark', metavar='DIR', help='for the table (CSV) and the plot')
 
 
-def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
+def add_arch_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--arch', nargs='+', choices=list(ARCHS), default=['d1'], metavar='ARCH', help='d1 ... d5')
+
+
+def add_precision_argument(parser: argparse.ArgumentParser, others: str = 'others by autocast') -> None:
+    parser.add_argument(
+        '--precision', nargs='+', choices=list(PRECISIONS), default=['fp32'], help=f'default fp32; {others}'
+    )
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--compile', action='store_true', help='torch.compile, our side only')
+    parser.add_argument('--channels-last', action='store_true', help='memory format, our side only')
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser, batch: Sequence[int]) -> None:
+    shown = ' '.join(map(str, batch))
+    parser.add_argument('--size', nargs=2, type=COUNT, default=[512, 512], metavar=('H', 'W'), help='default 512 512')
+    parser.add_argument('--batch', nargs='+', type=COUNT, default=batch, metavar='N', help=f'default {shown}')
+    add_precision_argument(parser)
+    parser.add_argument('--rounds', type=COUNT, default=5, help='default %(default)s')
+    parser.add_argument('--no-memory', action='store_true', help='measure time only')
+    add_machine_arguments(parser)
+
+
+def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
+    add_arch_argument(parser)
     parser.add_argument('--window', type=int, default=512, help='side of the sliding windows; default %(default)s')
     parser.add_argument('--stride', type=int, default=341, help='of the windows; default %(default)s')
     parser.add_argument(
         '--views', type=int, choices=[1, 10], default=views, help='10 is multi-scale and flip; default %(default)s'
     )
-    parser.add_argument(
-        '--precision', nargs='+', choices=list(PRECISIONS), default=['fp32'], help='default fp32; others by autocast'
-    )
-    parser.add_argument('--compile', action='store_true', help='torch.compile, our side only')
-    parser.add_argument('--channels-last', action='store_true', help='memory format, our side only')
+    add_precision_argument(parser)
+    add_network_options(parser)
     parser.add_argument('--window-batch', type=COUNT, metavar='N', help='windows in a forward pass, our side only')
     parser.add_argument('--no-memory', action='store_true', help='measure time only')
     add_machine_arguments(parser)
@@ -75,17 +118,51 @@ def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tupl
 
 def inference(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = cases(args, args.classes, [tuple(args.size)])
-    return lambda found: benchmark.inference(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    return lambda found: benchmark.measure_inference(todo, args.rounds, not args.no_memory, Path(args.out), found)
 
 
 def scaling(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = cases(args, [args.classes], benchmark.sizes_of(args.megapixels))
-    return lambda found: benchmark.scaling(todo, not args.no_memory, Path(args.out), found)
+    return lambda found: benchmark.measure_scaling(todo, not args.no_memory, Path(args.out), found)
 
 
 def precision(args: argparse.Namespace) -> Callable[[dict], None]:
     measured = args.config, args.checkpoint, args.source, args.options, args.rounds, args.aug_test, args.limit
-    return lambda found: benchmark.precision(*measured, Path(args.out), found)
+    return lambda found: benchmark.measure_precision(*measured, Path(args.out), found)
+
+
+def op(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = [
+        OpCase(arch, image, batch, precision, mode, args.device)
+        for (arch, image), batch, precision, mode in product(args.shape, args.batch, args.precision, args.mode)
+    ]
+    return lambda found: benchmark.measure_op(todo, args.impl, args.rounds, Path(args.out), found)
+
+
+def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
+    """A case for each batch, precision and value of the first name, which is a list; the other names are options."""
+    first, *others = names
+    options = {name: getattr(args, name) for name in others}
+    options.update(size=tuple(args.size), device=args.device, threads=args.threads)
+    return [
+        kind(batch=batch, precision=precision, **{first: value}, **options)
+        for batch, precision, value in product(args.batch, args.precision, getattr(args, first))
+    ]
+
+
+def backbone(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = batch_cases(BackboneCase, args, 'arch', 'compile', 'channels_last')
+    return lambda found: benchmark.measure_backbone(todo, args.rounds, not args.no_memory, Path(args.out), found)
+
+
+def train(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = batch_cases(TrainCase, args, 'arch', 'checkpointing')
+    return lambda found: benchmark.measure_train(todo, args.rounds, not args.no_memory, Path(args.out), found)
+
+
+def models(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = batch_cases(ModelCase, args, 'model')
+    return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -116,6 +193,38 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--limit', type=COUNT, default=10, metavar='N', help='pictures at most; default %(default)s')
     sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')
     add_machine_arguments(sub)
+
+    sub = commands.add_parser('op', help='outlook attention alone, against its definition in plain PyTorch')
+    sub.set_defaults(prepare=op, parser=sub)
+    shapes = 'variant and side of the picture in pixels; default d1@512 d4@1024'
+    defaults = [('d1', 512), ('d4', 1024)]
+    sub.add_argument('--shape', nargs='+', type=op_shape, default=defaults, metavar='ARCH@SIDE', help=shapes)
+    sub.add_argument('--batch', nargs='+', type=COUNT, default=[1], metavar='N', help='default 1')
+    add_precision_argument(sub, 'of both inputs')
+    sub.add_argument('--mode', nargs='+', choices=MODES, default=list(MODES), help='full has backward; default both')
+    sub.add_argument('--impl', nargs='+', choices=IMPLEMENTATIONS, default=['fused'], help='default fused')
+    sub.add_argument('--rounds', type=COUNT, default=10, help='default %(default)s')
+    add_machine_arguments(sub)
+
+    sub = commands.add_parser('backbone', help="timm's VOLO against this package's, the four stage maps")
+    sub.set_defaults(prepare=backbone, parser=sub)
+    add_arch_argument(sub)
+    add_network_options(sub)
+    add_batch_arguments(sub, [1])
+
+    sub = commands.add_parser('train', help="a training step of stock mmseg with timm's VOLO against this package")
+    sub.set_defaults(prepare=train, parser=sub)
+    add_arch_argument(sub)
+    sub.add_argument('--checkpointing', action='store_true', help='activation checkpointing, our side only')
+    add_batch_arguments(sub, [2])
+
+    sub = commands.add_parser('models', help='VOLO-D1 beside Swin, ConvNeXt and SegFormer, with published ADE20K mIoU')
+    sub.set_defaults(prepare=models, parser=sub)
+    known = list(NETWORKS)
+    sub.add_argument(
+        '--models', nargs='+', choices=known, default=known, metavar='MODEL', dest='model', help=', '.join(known)
+    )
+    add_batch_arguments(sub, [1, 16])
     return parser
 
 

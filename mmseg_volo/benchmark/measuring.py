@@ -1,0 +1,237 @@
+"""Time and memory of calls, and the machine that they ran on."""
+
+import contextlib
+import gc
+import json
+import math
+import os
+import pickle
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..segmentors import PRECISIONS
+from .cases import check_device
+from .reporting import progress
+
+# Seconds that a timed round of short calls takes at least: the clock, and whatever else runs, then weigh little.
+_LEAST_ROUND = 0.05
+
+# The machine
+
+
+def set_threads(threads: int | None) -> None:
+    """PyTorch's threads; None leaves them."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def environment(device: str, threads: int | None) -> dict:
+    """What figures depend on besides the configuration; sets the number of threads.
+
+    Raises:
+        ValueError: no such device.
+    """
+    check_device(device)
+    set_threads(threads)
+    packages = dict(mmseg='onedl-mmsegmentation', timm='timm', triton='triton', numba='numba', mmseg_volo='mmseg_volo')
+    return dict(
+        device=device,
+        device_name=_device_name(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        **{name: _version(package) for name, package in packages.items()},
+        load=round(os.getloadavg()[0], 2) if hasattr(os, 'getloadavg') else None,
+        date=datetime.now().astimezone().isoformat(timespec='seconds'),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: str) -> str:
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    return next(named, '') or platform.processor() or platform.machine()
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The context for a precision of :data:`~mmseg_volo.segmentors.PRECISIONS`; fp32 changes nothing."""
+    low = precision != 'fp32'
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision] if low else None, enabled=low)
+
+
+# Time
+
+
+def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds that a call takes, work on the device included, and what it returns."""
+    _synchronise(device)
+    start = time.perf_counter()
+    result = function()
+    _synchronise(device)
+    return time.perf_counter() - start, result
+
+
+def _synchronise(device: str) -> None:
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        torch.cuda.synchronize(device)
+    elif kind != 'cpu':
+        getattr(torch, kind).synchronize()
+
+
+def take_turns(
+    calls: dict[str, Callable[[], Any]], rounds: int, device: str, label: str, repeats: dict[str, int] | None = None
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Time the calls of all sides, one after the other in every round, in every second round backwards.
+
+    Args:
+        calls: of each side, warmed up.
+        rounds: how often each side is timed.
+        device: where they run.
+        label: of the lines that tell the progress.
+        repeats: how many calls of a side make one timed round (:func:`repeats_for`); by default one.
+
+    Returns:
+        The seconds of one call in each round, and the last results, by side.
+    """
+    repeats = repeats or dict.fromkeys(calls, 1)
+    seconds: dict[str, list[float]] = {side: [] for side in calls}
+    results: dict[str, Any] = {}
+    for i in range(rounds):
+        for side in list(calls)[:: 1 if i % 2 == 0 else -1]:
+            spent, results[side] = timed(partial(_repeat, calls[side], repeats[side]), device)
+            seconds[side].append(spent / repeats[side])
+        taken = ', '.join(f'{side} {seconds[side][-1]:.3g} s' for side in calls)
+        progress(f'{label}: round {i + 1} of {rounds}: {taken}')
+    return seconds, results
+
+
+def _repeat(call: Callable[[], Any], times: int) -> Any:
+    for _ in range(times - 1):
+        call()
+    return call()
+
+
+def repeats_for(call: Callable[[], Any], device: str) -> int:
+    """How many calls a timed round needs to be long enough; warms the call up."""
+    call()
+    times = 1
+    while (spent := timed(partial(_repeat, call, times), device)[0]) < _LEAST_ROUND:
+        times *= min(max(math.ceil(1.2 * _LEAST_ROUND / max(spent, 1e-9)), 2), 100)
+    return times
+
+
+# Memory
+
+
+class Memory(NamedTuple):
+    """Peak of a call, in MB: above what the built model takes, and in all. None where the process was killed."""
+
+    growth: float | None
+    peak: float | None
+
+    def columns(self, side: str = '') -> dict[str, float | None]:
+        prefix = f'{side}_' if side else ''
+        return {f'{prefix}growth_mb': self.growth, f'{prefix}peak_mb': self.peak}
+
+
+NOT_MEASURED = Memory(None, None)
+
+
+def memory_of(steps: Callable[..., Iterator[None]], case: Any, *arguments: Any) -> Memory:
+    """Peak memory of a call in a process of its own: resident, or on a GPU what PyTorch has allocated there.
+
+    Args:
+        steps: a generator function of a module, called with the case and the arguments. It builds the model and
+            yields, makes the input and yields, then makes the call.
+        case: has ``device`` and ``threads``.
+        arguments: like the case, must be picklable.
+
+    Raises:
+        RuntimeError: the call failed for another reason than memory.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'task.pkl'
+        path.write_bytes(pickle.dumps((steps, case, arguments)))
+        code = 'import sys; from mmseg_volo.benchmark.measuring import probe; probe(sys.argv[1])'
+        command = [sys.executable, '-W', 'ignore', '-c', code, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:  # by a signal: the kernel's, out of memory
+        return NOT_MEASURED
+    if done.returncode:
+        raise RuntimeError(f'measuring memory failed: {done.stderr.strip()}')
+    return Memory(*json.loads(done.stdout.splitlines()[-1]))
+
+
+def probe(path: str) -> None:
+    """The process of :func:`memory_of`: prints a :class:`Memory` as JSON."""
+    steps, case, arguments = pickle.loads(Path(path).read_bytes())
+    set_threads(case.threads)
+    running = steps(case, *arguments)
+    next(running)
+    gc.collect()
+    cuda = torch.device(case.device).type == 'cuda'
+    baseline = torch.cuda.memory_allocated(case.device) if cuda else _resident()
+    next(running)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(case.device)
+    else:
+        gc.collect()
+        _reset_peak()
+    try:
+        next(running, None)
+    except torch.cuda.OutOfMemoryError:
+        print(json.dumps(NOT_MEASURED))
+        return
+    peak = torch.cuda.max_memory_allocated(case.device) if cuda else _peak()
+    print(json.dumps([(peak - baseline) / 1e6, peak / 1e6]))
+
+
+def _resident() -> int:
+    found = _proc_status('VmRSS')
+    return _peak() if found is None else found
+
+
+def _peak() -> int:
+    """Bytes. Linux's getrusage also counts the process that started this one, so it is asked only elsewhere."""
+    found = _proc_status('VmHWM')
+    if found is not None:
+        return found
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def _reset_peak() -> None:
+    """Forget the peak of building the model, where the system can; elsewhere it counts if it is the higher one."""
+    with contextlib.suppress(OSError):
+        Path('/proc/self/clear_refs').write_text('5')
+
+
+def _proc_status(name: str) -> int | None:
+    try:
+        lines = Path('/proc/self/status').read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f'{name}:')), None)

@@ -1,0 +1,189 @@
+"""VOLO-D1 beside what mmseg offers in its place: images a second, memory and published accuracy on ADE20K."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from mmengine.config import ConfigDict
+from mmseg.models import EncoderDecoder
+from mmseg.models.backbones import MixVisionTransformer, SwinTransformer, TIMMBackbone
+from mmseg.models.decode_heads import SegformerHead, UPerHead
+from mmseg.models.utils import resize
+from torch import Tensor
+
+from .cases import BatchCase, columns_of
+from .measuring import NOT_MEASURED, autocast, memory_of, repeats_for, take_turns
+from .peer import segmentor
+from .pictures import noise
+from .reporting import MEMORY_NOTES, Spread, figure, mb, memory_kind, print_table, times_faster, write_csv
+
+CLASSES = 150  # of ADE20K
+
+
+class Network(NamedTuple):
+    """What mmseg's ADE20K config makes of a backbone, and the mIoU published for it, in percent.
+
+    ``miou`` is at a single scale, ``miou_multi`` at several with flip; None where no figure could be verified.
+    """
+
+    backbone: dict
+    head: dict
+    miou: float | None
+    miou_multi: float | None
+    source: str
+
+
+def _swin(depths: Sequence[int]) -> dict:
+    return dict(type=SwinTransformer, embed_dims=96, depths=depths, num_heads=(3, 6, 12, 24), window_size=7)
+
+
+def _convnext(name: str) -> dict:
+    # mmseg's config takes mmpretrain's ConvNeXt, which has a LayerNorm on each map besides.
+    return dict(type=TIMMBackbone, model_name=name, features_only=True, pretrained=False)
+
+
+_UPER = dict(type=UPerHead, in_channels=[96, 192, 384, 768], pool_scales=(1, 2, 3, 6), channels=512)
+# The figures are mmsegmentation's own, from configs/*/metafile.yaml: 160k iterations at 512 x 512, from ImageNet-1K.
+NETWORKS = {
+    # The abstract of arXiv:2106.13112 gives 54.3 for the best variant; for D1 no figure could be verified.
+    'volo-d1': Network({}, {}, None, None, 'none'),
+    'swin-t': Network(_swin((2, 2, 6, 2)), _UPER, 44.41, 45.79, 'mmseg configs/swin/metafile.yaml'),
+    'swin-s': Network(_swin((2, 2, 18, 2)), _UPER, 47.72, 49.24, 'mmseg configs/swin/metafile.yaml'),
+    'convnext-t': Network(_convnext('convnext_tiny'), _UPER, 46.11, 46.62, 'mmseg configs/convnext/metafile.yaml'),
+    'convnext-s': Network(_convnext('convnext_small'), _UPER, 48.56, 49.02, 'mmseg configs/convnext/metafile.yaml'),
+    'mit-b5': Network(
+        dict(
+            type=MixVisionTransformer,
+            embed_dims=64,
+            num_layers=[3, 6, 40, 3],
+            num_heads=[1, 2, 5, 8],
+            patch_sizes=[7, 3, 3, 3],
+            sr_ratios=[8, 4, 2, 1],
+            mlp_ratio=4,
+            qkv_bias=True,
+        ),
+        dict(type=SegformerHead, in_channels=[64, 128, 320, 512], channels=256),
+        49.13,
+        50.22,
+        'mmseg configs/segformer/metafile.yaml',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelCase(BatchCase):
+    """One of :data:`NETWORKS` and its input.
+
+    Args:
+        model: its name.
+        size, batch, precision, device, threads: see :class:`BatchCase`.
+    """
+
+    model: str = 'volo-d1'
+
+
+def measure_models(cases: Sequence[ModelCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
+    """Measure the cases; those that differ by their model alone take turns.
+
+    The table, the CSV file and the figure go to ``out``.
+    """
+    rows = []
+    for _, group in groupby(cases, lambda case: (case.size, case.batch, case.precision)):
+        for row, case in _compare(list(group), rounds):
+            found = memory_of(forward_steps, case) if memory else NOT_MEASURED
+            rows.append({**row, **found.columns(), **environment})
+            write_csv(out / 'models.csv', rows)
+    _print(rows, memory)
+    _plot(rows, out / 'models.png')
+
+
+def _compare(cases: Sequence[ModelCase], rounds: int) -> list[tuple[dict, ModelCase]]:
+    """A row for each case, with its speed beside the first one's."""
+    first = cases[0]
+    models, x = {case.model: build_network(case) for case in cases}, noise(first)
+    calls = {name: partial(_run, model, first, x) for name, model in models.items()}
+    repeats = {name: repeats_for(call, first.device) for name, call in calls.items()}
+    label = f'batch {first.batch}, {first.precision}'
+    seconds, _ = take_turns(calls, rounds, first.device, label, repeats)
+    rows = []
+    for case in cases:
+        network = NETWORKS[case.model]
+        parameters = sum(parameter.numel() for parameter in models[case.model].parameters())
+        row = dict(**columns_of(case), classes=CLASSES, parameters_m=parameters / 1e6, rounds=rounds)
+        row.update(Spread.of([case.batch / spent for spent in seconds[case.model]]).columns('images_per_s'))
+        row.update(times_faster(seconds, case.model, first.model).columns('times_faster'))
+        row.update(ade20k_miou=network.miou, ade20k_miou_multi_scale=network.miou_multi, miou_source=network.source)
+        rows.append((row, case))
+    return rows
+
+
+def build_network(case: ModelCase) -> EncoderDecoder:
+    """The segmentor of a case on its device, with random weights, in eval mode, without the head that only trains."""
+    if case.model == 'volo-d1':
+        model = segmentor('ours', 'd1', CLASSES)
+    else:
+        network = NETWORKS[case.model]
+        head = dict(in_index=[0, 1, 2, 3], num_classes=CLASSES, norm_cfg=dict(type='BN'), align_corners=False)
+        head.update(network.head, loss_decode=dict(type='CrossEntropyLoss'))
+        model = EncoderDecoder(network.backbone, head, test_cfg=ConfigDict(mode='whole'))
+    return model.to(case.device).eval()
+
+
+@torch.no_grad()
+def _run(model: EncoderDecoder, case: ModelCase, x: Tensor) -> None:
+    """Logits in the size of the pictures; not returned, since those of all models together are large."""
+    with autocast(case.precision, case.device):
+        resize(model(x, mode='tensor'), x.shape[2:], mode='bilinear', align_corners=False)
+
+
+def forward_steps(case: ModelCase) -> Iterator[None]:
+    """For :func:`~mmseg_volo.benchmark.measuring.memory_of`."""
+    model = build_network(case)
+    yield
+    x = noise(case)
+    yield
+    _run(model, case, x)
+
+
+def _print(rows: Sequence[dict], memory: bool) -> None:
+    first, kind = rows[0], memory_kind(rows[0])
+    cells = []
+    for row in rows:
+        speeds = [str(Spread.in_row(row, name)) for name in ('images_per_s', 'times_faster')]
+        taken = [mb(row[f'{kind}_mb'])] if memory else []
+        published = [_percent(row[name]) for name in ('ade20k_miou', 'ade20k_miou_multi_scale')]
+        head = [row['model'], str(row['batch']), row['precision'], f'{row["parameters_m"]:.1f}']
+        cells.append([*head, *speeds, *taken, *published])
+    fields = ['model', 'batch', 'precision', 'parameters (M)', 'images / s', f'times faster than {first["model"]}']
+    fields += ['memory (MB)'] if memory else []
+    print(
+        f'{first["height"]} x {first["width"]} pixels, {CLASSES} classes; '
+        f'median (least–greatest) of {first["rounds"]}; mIoU: published, on ADE20K'
+    )
+    print_table([*fields, 'mIoU, one scale', 'several'], cells)
+    if memory:
+        print(f'MB: {MEMORY_NOTES[kind]}')
+
+
+def _percent(value: float | None) -> str:
+    return '–' if value is None else f'{value:.2f}'
+
+
+def _plot(rows: Sequence[dict], path: Path) -> None:
+    """A panel for each batch and precision; a line where the accuracy is not known."""
+    groups = [list(group) for _, group in groupby(rows, lambda row: (row['batch'], row['precision']))]
+    drawn, axes = figure(len(groups), rows, 4)
+    for axis, group in zip(axes, groups, strict=True):
+        for i, row in enumerate(group):
+            if row['ade20k_miou'] is None:
+                axis.axvline(row['images_per_s'], color=f'C{i}', linestyle='--', label=row['model'])
+            else:
+                axis.plot(row['images_per_s'], row['ade20k_miou'], 'o', color=f'C{i}', label=row['model'])
+        axis.set(title=f'batch {group[0]["batch"]}, {group[0]["precision"]}', xlabel='images / s', xlim=(0, None))
+        axis.set_ylabel('published ADE20K mIoU, one scale')
+        axis.legend()
+    drawn.savefig(path, dpi=120)

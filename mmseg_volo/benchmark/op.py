@@ -1,0 +1,253 @@
+"""Outlook attention alone: each implementation against the definition in plain PyTorch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..ops import outlook_attention
+from ..segmentors import PRECISIONS
+from ..volo import ARCHS, OUTLOOK, PATCH
+from .cases import check_device
+from .measuring import repeats_for, take_turns
+from .reporting import Spread, figure, mb, print_table, progress, times_faster, write_csv
+
+BASELINE = 'reference'
+IMPLEMENTATIONS = 'slices', 'fused', 'auto'
+MODES = 'forward', 'full'
+# All input sets together, in bytes: more than the caches of a GPU hold, so that none serves the next call.
+_ROTATED = 2e8
+_COPIED = dict(cpu=2**28, cuda=2**30)  # bytes of the tensor whose copy is timed
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """Outlook attention as the first stage of a VOLO calls it.
+
+    Args:
+        arch: 'd1'...'d5', for channels and heads.
+        image: side of the square picture in pixels; the grid has one token for 8 x 8 of them.
+        batch: pictures.
+        precision: dtype of both inputs, 'fp32', 'bf16' or 'fp16'.
+        mode: 'forward', or 'full' for forward and backward with the gradients of both inputs.
+        device: 'cpu', 'cuda', 'cuda:1', ...
+
+    Raises:
+        ValueError: an unknown arch, a side that makes no grid, or a device that is not there.
+    """
+
+    arch: str = 'd1'
+    image: int = 512
+    batch: int = 1
+    precision: str = 'fp32'
+    mode: str = 'forward'
+    device: str = 'cpu'
+
+    def __post_init__(self):
+        check_device(self.device)
+        if self.arch not in ARCHS:
+            raise ValueError(f'arch must be one of {", ".join(ARCHS)}, got {self.arch}')
+        if self.image < 4 * PATCH or self.image % PATCH:
+            raise ValueError(f'image side must be a multiple of {PATCH}, {4 * PATCH} or more, got {self.image}')
+
+    @property
+    def grid(self) -> int:
+        return self.image // PATCH
+
+    @property
+    def channels(self) -> int:
+        return ARCHS[self.arch]['dims'][0]
+
+    @property
+    def heads(self) -> int:
+        return ARCHS[self.arch]['heads'][0]
+
+    @property
+    def scale(self) -> float:
+        return (self.channels // self.heads) ** -0.5
+
+    def columns(self) -> dict:
+        """Of a table, as :func:`~mmseg_volo.benchmark.cases.columns_of` gives them for other cases."""
+        names = 'arch', 'image', 'grid', 'channels', 'heads', 'batch', 'precision', 'mode'
+        return {name: getattr(self, name) for name in names}
+
+    def __str__(self) -> str:
+        return _label(self.columns())
+
+
+class Inputs(NamedTuple):
+    """One set of inputs: values, logits, and the gradient of the result."""
+
+    v: Tensor
+    logits: Tensor
+    gradient: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
+
+    def picture(self, i: int) -> 'Inputs':
+        """One picture of the batch, in float64."""
+        return Inputs(*(t.detach()[i : i + 1].double().requires_grad_(t.requires_grad) for t in self))
+
+
+def draw_inputs(case: OpCase, seed: int) -> Inputs:
+    """Random inputs of deviation 1, the logits after the scale."""
+    generator = torch.Generator(case.device).manual_seed(seed)
+    window = OUTLOOK['kernel_size'] ** 2
+    windows = (case.grid + 2 * OUTLOOK['padding'] - OUTLOOK['kernel_size']) // OUTLOOK['stride'] + 1
+    of_values = case.batch, case.grid, case.grid, case.channels
+    shapes = of_values, (case.batch, windows, windows, case.heads, window, window), of_values
+    v, logits, gradient = (torch.randn(shape, generator=generator, device=case.device) for shape in shapes)
+    dtype, full = PRECISIONS[case.precision], case.mode == 'full'
+    logits = (logits / case.scale).to(dtype)
+    return Inputs(v.to(dtype).requires_grad_(full), logits.requires_grad_(full), gradient.to(dtype))
+
+
+def run(case: OpCase, impl: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The result, and in full mode the gradients of v and logits.
+
+    Raises:
+        ValueError: this implementation cannot run here.
+    """
+    full = case.mode == 'full'
+    with torch.set_grad_enabled(full):
+        out = outlook_attention(inputs.v, inputs.logits, scale=case.scale, impl=impl, **OUTLOOK)
+    if not full:
+        return (out,)
+    return out.detach(), *torch.autograd.grad(out, (inputs.v, inputs.logits), inputs.gradient)
+
+
+def moved_bytes(case: OpCase, inputs: Inputs) -> int:
+    """What must at least be read and written, each tensor once in either direction."""
+    v, logits = inputs.v.nbytes, inputs.logits.nbytes
+    forward = v + logits + v
+    # Backward reads the gradient of the result, v and logits, and writes the gradients of v and logits.
+    return forward + (3 * v + 2 * logits if case.mode == 'full' else 0)
+
+
+def errors(case: OpCase, impl: str, inputs: Inputs) -> dict[str, float | None]:
+    """Largest absolute differences from the definition in float64: of the result, and of the gradients."""
+    results = run(case, impl, inputs)
+    largest = [0.0] * len(results)
+    for i in range(case.batch):  # one by one, for float64 takes room
+        exact = run(case, BASELINE, inputs.picture(i))
+        for j, (result, wanted) in enumerate(zip(results, exact, strict=True)):
+            largest[j] = max(largest[j], (result[i : i + 1].double() - wanted).abs().max().item())
+    names = 'max_error', 'max_error_v_grad', 'max_error_logits_grad'
+    return {name: largest[j] if j < len(largest) else None for j, name in enumerate(names)}
+
+
+def copy_gb_per_s(device: str, rounds: int) -> float:
+    """Bandwidth of copying a large tensor, in 10^9 bytes read and written a second: the median of the rounds."""
+    size = _COPIED.get(torch.device(device).type, _COPIED['cuda'])
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    repeats = {'copy': repeats_for(copy, device)}
+    seconds, _ = take_turns({'copy': copy}, rounds, device, 'bandwidth', repeats)
+    return 2 * size / Spread.of(seconds['copy']).median / 1e9
+
+
+def measure_op(
+    cases: Sequence[OpCase], implementations: Sequence[str], rounds: int, out: Path, environment: dict
+) -> None:
+    """Time, bandwidth and error of each implementation in each case; what cannot run is reported and left out."""
+    copied = copy_gb_per_s(environment['device'], rounds)
+    rows = []
+    for case in cases:
+        rows += [{**row, **environment} for row in _rows(case, implementations, rounds, copied)]
+        write_csv(out / 'op.csv', rows)
+    _print(rows)
+    _plot(rows, out / 'op.png')
+
+
+def _rows(case: OpCase, implementations: Sequence[str], rounds: int, copied: float) -> list[dict]:
+    sets = [draw_inputs(case, 0)]
+    if torch.device(case.device).type != 'cpu':
+        sets += [draw_inputs(case, seed) for seed in range(1, int(_ROTATED // sets[0].nbytes) + 1)]
+    calls = {}
+    for impl in dict.fromkeys([BASELINE, *implementations]):
+        try:
+            run(case, impl, sets[0])
+        except ValueError as error:
+            if impl == BASELINE:
+                raise
+            progress(f'{case}: {impl} does not run here: {str(error).splitlines()[0]}')
+        else:
+            calls[impl] = _rotating(case, impl, sets)
+    repeats = {impl: repeats_for(call, case.device) for impl, call in calls.items()}
+    seconds, _ = take_turns(calls, rounds, case.device, str(case), repeats)
+    moved = moved_bytes(case, sets[0])
+    rows = []
+    for impl, of_impl in seconds.items():
+        row = dict(**case.columns(), impl=impl, rounds=rounds, calls=repeats[impl])
+        row.update(Spread.of(of_impl).columns('seconds'))
+        row.update(times_faster(seconds, impl, BASELINE).columns('times_faster'))
+        speed = moved / row['seconds'] / 1e9
+        row.update(moved_mb=moved / 1e6, gb_per_s=speed, copy_gb_per_s=copied, share_of_copy=speed / copied)
+        rows.append({**row, **errors(case, impl, sets[0]), 'call_mb': _call_mb(case, impl, sets[0])})
+    return rows
+
+
+def _rotating(case: OpCase, impl: str, sets: Sequence[Inputs]) -> Callable[[], None]:
+    following = cycle(sets)
+
+    def call() -> None:
+        run(case, impl, next(following))
+
+    return call
+
+
+def _call_mb(case: OpCase, impl: str, inputs: Inputs) -> float | None:
+    """Peak of what a call takes above its inputs, on a GPU."""
+    if torch.device(case.device).type != 'cuda':
+        return None
+    before = torch.cuda.memory_allocated(case.device)
+    torch.cuda.reset_peak_memory_stats(case.device)
+    run(case, impl, inputs)
+    return (torch.cuda.max_memory_allocated(case.device) - before) / 1e6
+
+
+def _label(row: dict) -> str:
+    return f'{row["arch"]}@{row["image"]}, batch {row["batch"]}, {row["precision"]}, {row["mode"]}'
+
+
+def _print(rows: Sequence[dict]) -> None:
+    memory = any(row['call_mb'] is not None for row in rows)
+    cells = []
+    for row in rows:
+        milliseconds = Spread(*(1e3 * value for value in Spread.in_row(row, 'seconds')))
+        found = [value for name, value in row.items() if name.startswith('max_error') and value is not None]
+        cells.append([_label(row), row['impl'], str(milliseconds), str(Spread.in_row(row, 'times_faster'))])
+        cells[-1] += [f'{row["gb_per_s"]:.3g}', f'{row["share_of_copy"]:.1%}', f'{max(found):.2g}']
+        cells[-1] += [mb(row['call_mb'])] if memory else []
+    fields = ['case', 'impl', 'ms', 'times faster', 'GB/s', 'of a copy', 'largest error', *['MB'] * memory]
+    print(f'median (least–greatest) of {rows[0]["rounds"]}; a copy moves {rows[0]["copy_gb_per_s"]:.3g} GB/s')
+    print_table(fields, cells)
+    print('GB/s: of the bytes that must move; error: against float64, of the result and in full mode of the gradients')
+
+
+def _plot(rows: Sequence[dict], path: Path) -> None:
+    drawn, (left, right) = figure(2, rows, 1.6 + 0.3 * len(rows))
+    labels = [f'{_label(row)}: {row["impl"]}' for row in rows]
+    implementations = list(dict.fromkeys(row['impl'] for row in rows))
+    colours = [f'C{implementations.index(row["impl"])}' for row in rows]
+    places = np.arange(len(rows))
+    left.barh(places, [row['times_faster'] for row in rows], color=colours)
+    left.set(xlabel=f'times faster than {BASELINE}', yticks=places, yticklabels=labels)
+    right.barh(places, [row['gb_per_s'] for row in rows], color=colours)
+    right.axvline(rows[0]['copy_gb_per_s'], color='k', linestyle='--', label='copy of a large tensor')
+    right.set(xlabel='GB/s of what must move', yticks=[])
+    right.legend()
+    for axis in (left, right):
+        axis.invert_yaxis()
+    drawn.savefig(path, dpi=120)

@@ -1,0 +1,132 @@
+"""One step of training a whole segmentor: stock mmseg with timm's VOLO against this package's, same weights and batch.
+
+Both have the heads of ``configs/``, and no stochastic depth. A step is the losses of a prepared batch, the backward
+pass and AdamW.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mmengine.structures import PixelData
+from mmseg.models import EncoderDecoder
+from mmseg.structures import SegDataSample
+from torch import Tensor
+
+from ..data.street_drawing import draw_scene
+from .cases import SIDES, BatchCase, columns_of
+from .measuring import NOT_MEASURED, autocast, memory_of, take_turns
+from .peer import copy_weights, segmentor
+from .reporting import columns_of_sides, plot_sides, print_sides, write_csv
+
+_CLASSES = 19  # of the drawn labels
+
+
+@dataclass(frozen=True)
+class TrainCase(BatchCase):
+    """One segmentor and its batch.
+
+    Args:
+        arch: 'd1'...'d5'.
+        checkpointing: ``with_cp`` of our backbone.
+        size, batch, precision, device, threads: see :class:`BatchCase`.
+
+    Raises:
+        ValueError: also for a batch of 1.
+    """
+
+    batch: int = 2
+    arch: str = 'd1'
+    checkpointing: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch < 2:  # the pyramid pools to one pixel, whose batch norm then has a single value
+            raise ValueError(f'training needs a batch of 2 or more, got {self.batch}')
+
+    def __str__(self) -> str:
+        options = ['checkpointing'] if self.checkpointing else []
+        return ', '.join([f'VOLO-{self.arch.upper()}, batch {self.batch}, {self.precision}', *options])
+
+
+class Trainer:
+    """A segmentor in training, with its optimizer and a batch."""
+
+    def __init__(self, model: EncoderDecoder, case: TrainCase):
+        self.model, self.case = model.to(case.device).train(), case
+        # As configs/_base_/schedule_160k.py has it.
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, weight_decay=0.01)
+        self.scaler = torch.amp.GradScaler(torch.device(case.device).type, enabled=case.precision == 'fp16')
+
+    def prepare(self) -> None:
+        """Draw the batch and put it where the model is."""
+        inputs, samples = [], []
+        for seed in range(self.case.batch):
+            picture, label = draw_scene(seed, self.case.size)
+            inputs.append(torch.from_numpy(picture).permute(2, 0, 1))
+            samples.append(SegDataSample(gt_sem_seg=PixelData(data=torch.from_numpy(label)[None].long())))
+        self.batch = self.model.data_preprocessor(dict(inputs=inputs, data_samples=samples), True)
+
+    def step(self) -> Tensor:
+        """Train once; the loss before it."""
+        with autocast(self.case.precision, self.case.device):
+            losses = self.model(**self.batch, mode='loss')
+        loss, _ = self.model.parse_losses(losses)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def measure_train(cases: Sequence[TrainCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
+    """Measure each case; the table, the CSV file and the figure go to ``out``."""
+    rows = []
+    for case in cases:
+        row = {**columns_of(case), **_compare(case, rounds)}
+        for side in SIDES:
+            found = memory_of(training_steps, case, side) if memory else NOT_MEASURED
+            row.update(found.columns(side))
+        rows.append({**row, **environment})
+        write_csv(out / 'train.csv', rows)
+    labels = [str(case) for case in cases]
+    print(f'{rows[0]["height"]} x {rows[0]["width"]} pixels, {_CLASSES} classes; median (least–greatest) of {rounds}')
+    print_sides(rows, labels, {'first loss, stock': '{stock_loss:.5f}', 'first loss, ours': '{ours_loss:.5f}'}, memory)
+    plot_sides(rows, labels, out / 'train.png')
+
+
+def _compare(case: TrainCase, rounds: int) -> dict:
+    trainers = trainers_of(case)
+    first = {}
+    for side, trainer in trainers.items():
+        torch.manual_seed(0)  # the same dropout on both sides
+        first[f'{side}_loss'] = trainer.step().item()
+        trainer.step()  # the first one has also made the optimizer's state
+    calls = {side: trainer.step for side, trainer in trainers.items()}
+    seconds, _ = take_turns(calls, rounds, case.device, str(case))
+    return {'rounds': rounds, **columns_of_sides(seconds), **first}
+
+
+def trainers_of(case: TrainCase) -> dict[str, Trainer]:
+    """Both sides with the same weights and batch."""
+    models = {side: _build(case, side) for side in SIDES}
+    copy_weights(models['ours'], models['stock'])
+    trainers = {side: Trainer(model, case) for side, model in models.items()}
+    for trainer in trainers.values():
+        trainer.prepare()
+    return trainers
+
+
+def _build(case: TrainCase, side: str) -> EncoderDecoder:
+    return segmentor(side, case.arch, _CLASSES, crop=case.size, checkpointing=case.checkpointing)
+
+
+def training_steps(case: TrainCase, side: str) -> Iterator[None]:
+    """For :func:`~mmseg_volo.benchmark.measuring.memory_of`."""
+    trainer = Trainer(_build(case, side), case)
+    yield
+    trainer.prepare()
+    yield
+    for _ in range(2):  # at the second, the optimizer's state is there while gradients are made
+        trainer.step()

@@ -1,0 +1,110 @@
+"""Fused outlook attention as an operator of PyTorch, on Numba for CPUs and on Triton for GPUs.
+
+``torch.compile`` and FakeTensor see one node. The backward keeps ``v`` and the logits, and nothing else.
+"""
+
+import functools
+import importlib
+import math
+
+import torch
+
+_KERNELS = {'cpu': '.cpu', 'cuda': '.gpu'}  # imported when they are first needed
+_CPU_DTYPES = torch.float32, torch.bfloat16
+_GPU_DTYPES = torch.float32, torch.float16, torch.bfloat16
+_GPU_LIMIT = 2**31  # elements of one image: places within it are 32-bit numbers
+
+
+def why_not(
+    v: torch.Tensor, logits: torch.Tensor, *, scale: float, kernel_size: int, stride: int, padding: int
+) -> str | None:
+    """Why the fused kernels cannot run on these, in words; None where they can. Shapes must fit each other."""
+    device, head_size = v.device.type, v.shape[-1] // logits.shape[3]
+    if logits.device != v.device:
+        return f'v is on {v.device} and logits on {logits.device}'
+    if device not in _KERNELS:
+        return f'there is no kernel for {device} devices'
+    missing = _missing(device, v.device.index)
+    if missing:
+        return missing
+    if kernel_size != 3:
+        return f'the kernels are made for kernel_size=3, got {kernel_size}'
+    if scale <= 0:
+        return f'the kernels need a scale above 0, got {scale}'
+    if not 0 <= padding <= 2:
+        return f'the kernels need a padding of 0, 1 or 2, got {padding}'
+    if 0 in v.shape:
+        return f'v has no elements: {tuple(v.shape)}'
+    if device == 'cpu':
+        if v.dtype != logits.dtype or v.dtype not in _CPU_DTYPES:
+            return f'the CPU kernels take float32 or bfloat16, the same for both, got {v.dtype} and {logits.dtype}'
+        return None
+    if v.dtype not in _GPU_DTYPES or logits.dtype not in _GPU_DTYPES:
+        return f'the GPU kernels take float32, float16 and bfloat16, got {v.dtype} and {logits.dtype}'
+    if stride not in (1, 2):
+        return f'the GPU kernels are made for strides 1 and 2, got {stride}'
+    if not 8 <= head_size <= 128:
+        return f'the GPU kernels take heads of 8 to 128 channels, got {head_size}'
+    largest = max(math.prod(v.shape[1:]), math.prod(logits.shape[1:]))
+    if largest >= _GPU_LIMIT:
+        return f'the GPU kernels take less than 2**31 numbers for one image, got {largest}'
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _missing(device: str, index: int | None) -> str | None:
+    """What this machine lacks for the kernels of a device."""
+    return _missing_once(device, index)
+
+
+@functools.cache
+def _missing_once(device: str, index: int | None) -> str | None:
+    package = {'cpu': 'Numba', 'cuda': 'Triton'}[device]
+    try:
+        importlib.import_module(_KERNELS[device], __package__)
+    except Exception as error:  # Numba raises what it likes where NumPy is too new
+        return f'{package} cannot be imported: {error}'
+    if device == 'cuda' and torch.cuda.get_device_capability(index) < (8, 0):
+        return f'Triton needs compute capability 8.0, {torch.cuda.get_device_name(index)} has less'
+    return None
+
+
+def _kernels(device: torch.device):
+    return importlib.import_module(_KERNELS[device.type], __package__)
+
+
+@torch.library.custom_op('mmseg_volo::outlook_attention', mutates_args=())
+def outlook_attention_fused(
+    v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int
+) -> torch.Tensor:
+    """See :func:`mmseg_volo.ops.outlook_attention`."""
+    return _kernels(v.device).forward(v, logits, scale, stride, padding)
+
+
+@torch.library.custom_op('mmseg_volo::outlook_attention_backward', mutates_args=())
+def _backward_op(
+    grad: torch.Tensor, v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _kernels(v.device).backward(grad, v, logits, scale, stride, padding)
+
+
+@outlook_attention_fused.register_fake
+def _(v, logits, scale, stride, padding):
+    return v.new_empty(v.shape)
+
+
+@_backward_op.register_fake
+def _(grad, v, logits, scale, stride, padding):
+    return v.new_empty(v.shape), logits.new_empty(logits.shape)
+
+
+def _keep(ctx, inputs, output) -> None:
+    v, logits, *ctx.numbers = inputs
+    ctx.save_for_backward(v, logits)
+
+
+def _backward(ctx, grad):
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.numbers), None, None, None
+
+
+outlook_attention_fused.register_autograd(_backward, setup_context=_keep)
