@@ -205,6 +205,33 @@ def test_gpu_kernels_under_tritons_interpreter():
         assert max(errors) < 3 * eps, lines  # the interpreter cuts bfloat16 off where a GPU rounds
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('capability', [80, 90])
+@pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
+def test_gpu_kernels_compile(capability, dtype, tmp_path, monkeypatch):
+    """To machine code, which needs no GPU: the interpreter passes what the compiler refuses."""
+    triton = pytest.importorskip('triton', minversion='3.3')
+    from triton.backends.compiler import GPUTarget
+
+    from mmseg_volo.ops import gpu
+
+    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    sizes = dict(D=32, STRIDE=2, PADDING=1)
+    for kernel, constants in [
+        (gpu._cells_kernel, dict(TRANSPOSED=False, CELLS=32, HALF=16)),
+        (gpu._cells_kernel, dict(TRANSPOSED=True, CELLS=32, HALF=16)),
+        (gpu._windows_kernel, dict(WINDOWS=32, BLOCK=32)),
+    ]:
+        kinds = dict(denominators='*fp32', scale='fp32', factor='fp32')
+        kinds |= dict.fromkeys(('tokens', 'grad', 'v', 'logits', 'grad_logits', 'out'), f'*{dtype}')
+        constants = {**sizes, **constants}
+        signature = {name: 'constexpr' if name in constants else kinds.get(name, 'i32') for name in kernel.arg_names}
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = triton.compiler.ASTSource(kernel, signature, places)
+        compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=4))
+        assert compiled.asm['cubin'] and 'atom' not in compiled.asm['ptx']
+
+
 @needs_numba
 def test_same_bits_in_each_run_and_with_any_threads(monkeypatch):
     from mmseg_volo.ops import cpu
