@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError
 from .data.datasets import CamVidDataset
 from .data.street_scenes import StreetSceneDataset
 from .heads import LeanUPerHead
+from .losses import BandedLoss, LeanFCNHead
 from .necks import VOLOPyramid
 from .runner import BFloat16OptimWrapper, VOLORunner
 from .segmentors import StreamingEncoderDecoder, StreamingTTAModel
@@ -14,8 +15,10 @@ __all__ = [
     'ARCHS',
     'VOLO',
     'BFloat16OptimWrapper',
+    'BandedLoss',
     'CamVidDataset',
     'CheckpointError',
+    'LeanFCNHead',
     'LeanUPerHead',
     'StreamingEncoderDecoder',
     'StreamingTTAModel',

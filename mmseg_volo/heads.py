@@ -8,15 +8,18 @@ from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
+from .losses import BandedLoss
+
 
 @MODELS.register_module()
-class LeanUPerHead(UPerHead):
+class LeanUPerHead(BandedLoss, UPerHead):
     """mmseg's :class:`UPerHead` (UPerNet, arXiv:1807.10221): same arguments, weights and output, less arithmetic.
 
     UPerHead enlarges the pooled maps and the maps of the coarse levels, joins them, and convolves the result 3 x 3.
     Both steps are linear, so here each tap of the convolution is applied to the coarse map and the nine results are
     enlarged and added (:func:`conv_of_enlarged`): at half the resolution a quarter of the multiply-adds. The joined
-    maps are never made. With VOLO's four maps on a 512 x 512 window that leaves 34 of 66 G multiply-adds.
+    maps are never made. With VOLO's four maps on a 512 x 512 window that leaves 34 of 66 G multiply-adds. The loss
+    needs no logits in the size of the labels (:class:`~mmseg_volo.losses.BandedLoss`).
     """
 
     def psp_forward(self, inputs: list[Tensor]) -> Tensor:

@@ -156,7 +156,7 @@ def backbone(args: argparse.Namespace) -> Callable[[dict], None]:
 
 
 def train(args: argparse.Namespace) -> Callable[[dict], None]:
-    todo = batch_cases(TrainCase, args, 'arch', 'checkpointing')
+    todo = batch_cases(TrainCase, args, 'arch', 'classes', 'checkpointing')
     return lambda found: benchmark.measure_train(todo, args.rounds, not args.no_memory, Path(args.out), found)
 
 
@@ -215,6 +215,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser('train', help="a training step of stock mmseg with timm's VOLO against this package")
     sub.set_defaults(prepare=train, parser=sub)
     add_arch_argument(sub)
+    sub.add_argument('--classes', type=COUNT, default=150, help='19 or more; default %(default)s')
     sub.add_argument('--checkpointing', action='store_true', help='activation checkpointing, our side only')
     add_batch_arguments(sub, [2])
 

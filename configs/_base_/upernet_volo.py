@@ -16,7 +16,7 @@ model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(type='VOLO', arch='d1', drop_path_rate=0.1, norm_cfg=norm_cfg),
     decode_head=dict(
-        type='LeanUPerHead',  # mmseg's UPerHead, with less arithmetic
+        type='LeanUPerHead',  # mmseg's UPerHead, with less arithmetic and memory
         in_channels=[192, 384, 384, 384],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
@@ -29,7 +29,7 @@ model = dict(
     ),
     # The paper is silent on an auxiliary head; weight 0.4 on the third map is what LV-ViT, Swin and mmseg's ViT use.
     auxiliary_head=dict(
-        type='FCNHead',
+        type='LeanFCNHead',  # mmseg's FCNHead, with less memory
         in_channels=384,
         in_index=2,
         channels=256,

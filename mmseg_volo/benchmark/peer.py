@@ -10,6 +10,7 @@ from mmseg.models.decode_heads import FCNHead, UPerHead
 from torch import Tensor, nn
 
 from ..heads import LeanUPerHead
+from ..losses import LeanFCNHead
 from ..segmentors import StreamingEncoderDecoder, StreamingTTAModel
 from ..volo import ARCHS, STRIDE, VOLO, resize_pos_embed
 from .cases import SIDES, Case
@@ -110,7 +111,9 @@ def segmentor(
     if crop:
         parts['backbone']['img_size'] = crop
         parts['data_preprocessor'] = dict(_PREPROCESSOR, size=crop)
-        parts['auxiliary_head'] = dict(type=FCNHead, in_channels=dims[2], in_index=2, channels=256, num_convs=1)
+        parts['auxiliary_head'] = dict(
+            type=LeanFCNHead if side == 'ours' else FCNHead, in_channels=dims[2], in_index=2, channels=256, num_convs=1
+        )
         parts['auxiliary_head'].update(shared, concat_input=False)
         parts['auxiliary_head']['loss_decode'] = dict(type='CrossEntropyLoss', loss_weight=0.4)
     if checkpointing and ours:

@@ -20,7 +20,7 @@ from .measuring import NOT_MEASURED, autocast, memory_of, take_turns
 from .peer import copy_weights, segmentor
 from .reporting import columns_of_sides, plot_sides, print_sides, write_csv
 
-_CLASSES = 19  # of the drawn labels
+_DRAWN_CLASSES = 19  # of the labels
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,30 @@ class TrainCase(BatchCase):
 
     Args:
         arch: 'd1'...'d5'.
+        classes: of the heads; the labels have 19 of them.
         checkpointing: ``with_cp`` of our backbone.
         size, batch, precision, device, threads: see :class:`BatchCase`.
 
     Raises:
-        ValueError: also for a batch of 1.
+        ValueError: also for a batch of 1, or fewer classes than the labels have.
     """
 
     batch: int = 2
     arch: str = 'd1'
+    classes: int = 150
     checkpointing: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         if self.batch < 2:  # the pyramid pools to one pixel, whose batch norm then has a single value
             raise ValueError(f'training needs a batch of 2 or more, got {self.batch}')
+        if self.classes < _DRAWN_CLASSES:
+            raise ValueError(f'the labels have {_DRAWN_CLASSES} classes, got classes={self.classes}')
 
     def __str__(self) -> str:
         options = ['checkpointing'] if self.checkpointing else []
-        return ', '.join([f'VOLO-{self.arch.upper()}, batch {self.batch}, {self.precision}', *options])
+        parts = [f'VOLO-{self.arch.upper()}, {self.classes} classes, batch {self.batch}, {self.precision}', *options]
+        return ', '.join(parts)
 
 
 class Trainer:
@@ -91,7 +96,7 @@ def measure_train(cases: Sequence[TrainCase], rounds: int, memory: bool, out: Pa
         rows.append({**row, **environment})
         write_csv(out / 'train.csv', rows)
     labels = [str(case) for case in cases]
-    print(f'{rows[0]["height"]} x {rows[0]["width"]} pixels, {_CLASSES} classes; median (least–greatest) of {rounds}')
+    print(f'{rows[0]["height"]} x {rows[0]["width"]} pixels; median (least–greatest) of {rounds}')
     print_sides(rows, labels, {'first loss, stock': '{stock_loss:.5f}', 'first loss, ours': '{ours_loss:.5f}'}, memory)
     plot_sides(rows, labels, out / 'train.png')
 
@@ -119,7 +124,7 @@ def trainers_of(case: TrainCase) -> dict[str, Trainer]:
 
 
 def _build(case: TrainCase, side: str) -> EncoderDecoder:
-    return segmentor(side, case.arch, _CLASSES, crop=case.size, checkpointing=case.checkpointing)
+    return segmentor(side, case.arch, case.classes, crop=case.size, checkpointing=case.checkpointing)
 
 
 def training_steps(case: TrainCase, side: str) -> Iterator[None]:
