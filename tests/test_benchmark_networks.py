@@ -45,7 +45,13 @@ def test_backbones_differ_where_weights_do(monkeypatch):
 def test_train(tmp_path):
     run('train', *TINY, '--checkpointing', '--out', tmp_path)
     (row,) = rows_of(tmp_path / 'train.csv')
-    assert set(row) == BATCH | MACHINE | MEMORY | TIMES | {'arch', 'classes', 'checkpointing', 'stock_loss', 'ours_loss'}
+    assert set(row) == BATCH | MACHINE | MEMORY | TIMES | {
+        'arch',
+        'classes',
+        'checkpointing',
+        'stock_loss',
+        'ours_loss',
+    }
     assert float(row['stock_loss']) > 1 and float(row['ours_loss']) == pytest.approx(float(row['stock_loss']), rel=1e-4)
     for side in SIDES:
         assert 100 < float(row[f'{side}_growth_mb']) < float(row[f'{side}_peak_mb'])

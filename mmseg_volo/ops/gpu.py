@@ -63,7 +63,7 @@ def _softmax(factor, x0, x1, x2, x3, x4, x5, x6, x7, x8):
 @triton.jit
 def _weights(logits, denominators, n: tl.constexpr, live, factor, REACHED: tl.constexpr, TRANSPOSED: tl.constexpr):
     """a[n, 0...8], or transposed a[0...8, n], (windows,) in float32 each; zeros where there is no window."""
-    x0 = tl.zeros_like(live).to(tl.float32)
+    x0 = live.to(tl.float32)  # of the right kind where no weights are asked for; never read
     x1, x2, x3, x4, x5, x6, x7, x8 = x0, x0, x0, x0, x0, x0, x0, x0
     if REACHED and TRANSPOSED:
         x0, x1, x2, x3, x4, x5, x6, x7, x8 = _load_nine(logits + n, 9, live, 0.0)
@@ -184,10 +184,10 @@ def _cells_kernel(
             # The cell's first token is the window's token n, if i and j are within the window; then its neighbours.
             i, j = PADDING - STRIDE * dy, PADDING - STRIDE * dx
             n = 3 * i + j
-            R00 = i >= 0 and i < 3 and j >= 0 and j < 3
-            R01 = STRIDE == 2 and i >= 0 and i < 3 and j >= -1 and j < 2
-            R10 = STRIDE == 2 and i >= -1 and i < 2 and j >= 0 and j < 3
-            R11 = STRIDE == 2 and i >= -1 and i < 2 and j >= -1 and j < 2
+            # Pairs in brackets: older Triton takes no longer chains.
+            row0, row1 = i >= 0 and i < 3, STRIDE == 2 and (i >= -1 and i < 2)
+            column0, column1 = j >= 0 and j < 3, STRIDE == 2 and (j >= -1 and j < 2)
+            R00, R01, R10, R11 = row0 and column0, row0 and column1, row1 and column0, row1 and column1
             p0, p1, p2, p3, p4, p5, p6, p7, p8 = _weights(of_window, sums, n, live, factor, R00, TRANSPOSED)
             q0, q1, q2, q3, q4, q5, q6, q7, q8 = _weights(of_window, sums, n + 1, live, factor, R01, TRANSPOSED)
             r0, r1, r2, r3, r4, r5, r6, r7, r8 = _weights(of_window, sums, n + 3, live, factor, R10, TRANSPOSED)
