@@ -409,6 +409,11 @@ def _compiled(direction: str, dtype: torch.dtype):
         return numba.cfunc(signature)(function)
 
 
+def check() -> None:
+    """Raise whatever Numba raises where it cannot compile."""
+    _compiled('forward', torch.float32)
+
+
 # Threads
 
 

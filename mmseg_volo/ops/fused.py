@@ -33,8 +33,8 @@ def why_not(
         return f'the kernels need a scale above 0, got {scale}'
     if not 0 <= padding <= 2:
         return f'the kernels need a padding of 0, 1 or 2, got {padding}'
-    if 0 in v.shape:
-        return f'v has no elements: {tuple(v.shape)}'
+    if 0 in (*v.shape, *logits.shape):
+        return f'there are no elements in v {tuple(v.shape)} or logits {tuple(logits.shape)}'
     if device == 'cpu':
         if v.dtype != logits.dtype or v.dtype not in _CPU_DTYPES:
             return f'the CPU kernels take float32 or bfloat16, the same for both, got {v.dtype} and {logits.dtype}'
@@ -60,12 +60,13 @@ def _missing(device: str, index: int | None) -> str | None:
 @functools.cache
 def _missing_once(device: str, index: int | None) -> str | None:
     package = {'cpu': 'Numba', 'cuda': 'Triton'}[device]
-    try:
-        importlib.import_module(_KERNELS[device], __package__)
-    except Exception as error:  # Numba raises what it likes where NumPy is too new
-        return f'{package} cannot be imported: {error}'
     if device == 'cuda' and torch.cuda.get_device_capability(index) < (8, 0):
-        return f'Triton needs compute capability 8.0, {torch.cuda.get_device_name(index)} has less'
+        return f'the GPU kernels need compute capability 8.0, {torch.cuda.get_device_name(index)} has less'
+    try:
+        kernels = importlib.import_module(_KERNELS[device], __package__)
+        kernels.check()
+    except Exception as error:  # both raise what they like: a NumPy too new, no C compiler for Triton's launcher
+        return f'{package} cannot be used: {error}'
     return None
 
 

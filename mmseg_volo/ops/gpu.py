@@ -314,6 +314,11 @@ def _windows_kernel(
         tl.store(places, row.to(grad_logits.dtype.element_ty), mask=live[:, None] & (n < 9)[None, :])
 
 
+def check() -> None:
+    """Raise whatever Triton raises where it cannot launch kernels: it needs a driver, and to launch, a C compiler."""
+    triton.runtime.driver.active.get_current_target()
+
+
 def forward(v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int) -> torch.Tensor:
     """See :func:`mmseg_volo.ops.outlook_attention`."""
     return _cells(v.contiguous(), logits.contiguous(), None, scale, stride, padding)
