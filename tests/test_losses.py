@@ -26,7 +26,12 @@ def samples(size, ignored=0.2, batch=2) -> list[SegDataSample]:
 
 def run(head, logits, data):
     logits = logits.clone().requires_grad_()
-    found = head.loss_by_feat(logits, data)
+    try:
+        found = head.loss_by_feat(logits, data)
+    except IndexError:
+        if isinstance(head, losses.LeanFCNHead):
+            raise
+        pytest.skip('mmsegmentation 1.2 fails on class weights with ignored pixels')
     (name,) = (name for name in found if name.startswith('loss'))
     (3 * found[name]).backward()
     return name, found[name].detach(), found['acc_seg'], logits.grad
