@@ -42,8 +42,8 @@ _CACHED_GRIDS = 16  # resized position embeddings kept in eval mode: ten test vi
 class Linear(nn.Linear):
     """``nn.Linear``; in float32 on a CPU as a 1 x 1 convolution.
 
-    There PyTorch multiplies matrices with MKL and convolves with oneDNN, which is the faster one: measured 2.2 times on
-    an AMD EPYC, forward, and 1.8 times with the backward pass.
+    There PyTorch multiplies matrices with MKL and convolves with oneDNN, which is the faster one: measured 1.8 to 2.2
+    times on two threads of an AMD EPYC, forward and with the backward pass; on one thread they are alike.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
