@@ -16,7 +16,8 @@ from mmseg.utils import SampleList
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_BAND = 2**22  # logits of a band
+# Logits of a band: what a CPU's caches hold; on a GPU enough that launching kernels weighs little (not tuned).
+_BAND, _BAND_GPU = 2**22, 2**26
 
 
 class BandedLoss:
@@ -76,7 +77,7 @@ class _BandedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=dtype, device=logits.device)
         right = torch.zeros((), dtype=torch.long, device=logits.device)
         grad = torch.zeros(logits.shape, dtype=dtype, device=logits.device) if wanted else None
-        rows = max(1, _BAND // (B * classes * W))
+        rows = max(1, (_BAND if logits.device.type == 'cpu' else _BAND_GPU) // (B * classes * W))
         with torch.autocast(logits.device.type, enabled=False):
             for top in range(0, H, rows):
                 bottom = min(H, top + rows)
