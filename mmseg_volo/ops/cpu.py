@@ -1,7 +1,8 @@
 """Fused outlook attention for CPUs: kernels that Numba compiles at the first call and keeps on disk, k = 3.
 
-Both directions read ``v``, the logits and the output gradient once from memory and write each result once; windows live
-in the first-level cache, in float32. bfloat16 tensors are read and written as they are.
+Both directions read ``v``, the logits and the output gradient once from memory and write each result once, but for the
+window rows that two bands of the backward share. Windows live in the first-level cache, in float32; bfloat16 tensors
+are read and written as they are.
 
 Forward: a softmax row belongs to one window and one of its nine tokens, so to one output token. A task is a row of
 output tokens; it mixes the rows of all windows that reach it. With a = softmax(scale * logits), backward:
