@@ -1,28 +1,48 @@
 """Checkpoints: read without running code, and official or timm VOLO weights put into the backbone.
 
-Importing this module registers the safe readers with mmengine's :class:`CheckpointLoader`, for local files, URLs and
-``timm://`` names. Every entry that goes through it (``init_model``, ``MMSegInferencer``, ``load_from``, ``--resume``,
-``init_cfg``) then refuses a file that holds anything but tensors and plain data, where mmengine itself would read such
-a file a second time and run it.
+Importing this module registers the safe readers with mmengine's :class:`CheckpointLoader`, in place of all of its own
+and for ``timm://`` names. Every entry that goes through it (``init_model``, ``MMSegInferencer``, ``load_from``,
+``--resume``, ``init_cfg``) then refuses a file that holds anything but tensors and plain data, where mmengine itself
+would read such a file a second time and run it.
 """
 
+import ast
+import difflib
+import logging
 import pickle
 import re
-from collections.abc import Callable
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
+from mmengine.fileio import get_file_backend
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import (
+    CheckpointLoader,
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
+from mmengine.runner.checkpoint import _get_mmengine_home
 from torch import nn
+
+from .errors import CheckpointError
+from .matching import fits, listed
+from .sealing import seal_holds
 
 # What belongs to the ImageNet classifier alone; everything else in a file must find its place in the backbone.
 CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
 # Files name their weights so; an exponential moving average comes first, as in timm.
 STATE_KEYS = ('state_dict_ema', 'state_dict')
+# What mmengine loads is what is under the first; other trainers' files have it elsewhere.
+_WEIGHT_KEYS = ('state_dict', 'model', 'state_dict_ema')
 TIMM_NAMES = (
     'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, '
     'volo_d5_224, volo_d5_448, volo_d5_512'
@@ -31,10 +51,6 @@ MapLocation = str | torch.device | Callable | None
 _BROKEN = 'the file is cut off or is no checkpoint; copy or download it again'
 # How torch words it when a file asks for something that is not data.
 _UNSAFE = re.compile(r'GLOBAL|[Uu]nsupported class|unrecognized function|Can only (build|create)')
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file, what was expected and what was found."""
 
 
 def _statistic_of_history(owner: type, name: str):
@@ -65,11 +81,11 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
         map_location: where tensors go, as in :func:`torch.load`.
 
     Returns:
-        The file's dict; bare weights come back as ``dict(state_dict=..., meta={})``.
+        The file's dict with ``state_dict`` and ``meta``: bare weights, or those under ``model``, come back there too.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is cut off or broken, holds objects that would run code, or holds no dict.
+        CheckpointError: the file is cut off or broken, holds objects that would run code, or holds no weights.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -79,11 +95,71 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
         content = _read_safetensors(path, map_location)
     else:
         content = _read_torch(path, map_location)
+    return _in_order(content, str(path))
+
+
+def _in_order(content: object, source: str) -> dict:
+    """What a file holds as mmengine's entries expect it: weights under ``state_dict``, and a dict under ``meta``."""
     if not isinstance(content, dict):
-        raise CheckpointError(f'{path}: expected a dict of weights, found {type(content).__name__}')
-    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        return dict(state_dict=content, meta={})
+        raise CheckpointError(f'{source}: expected a dict of weights, found {type(content).__name__}')
+    key = next((key for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
+    if key is None:
+        weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        if not weights:
+            found = ', '.join(list(map(str, content))[:4]) or 'nothing'
+            raise CheckpointError(
+                f'{source}: no weights found; expected a dict of tensors, bare or under state_dict or model, found '
+                f'{found}'
+            )
+        content, state = {}, OrderedDict(weights)
+    else:
+        state = content[key]
+    meta = content.get('meta')
+    content = {**content, 'state_dict': _with_source(state, source), 'meta': meta if isinstance(meta, dict) else {}}
+    return _without_code(content, source)
+
+
+def _with_source(state: dict, source: str) -> OrderedDict:
+    """The weights, and the file's name where torch keeps notes on a state dict: modules see them on loading."""
+    known = getattr(state, '_metadata', None)
+    known = known if isinstance(known, dict) else {}
+    out = OrderedDict((str(name), value) for name, value in state.items())
+    out._metadata = OrderedDict(known)
+    out._metadata[''] = {**(known.get('') or {}), 'source': source}
+    return out
+
+
+def _without_code(content: dict, source: str) -> dict:
+    """Without a config that is more than data: mmengine runs a checkpoint's config text, to resume or to build from."""
+    # No version of mmengine writes this one, but all of them run it when resuming.
+    content['meta'] = {name: value for name, value in content['meta'].items() if name != 'config'}
+    hub = content.get('message_hub')
+    info = hub.get('runtime_info') if isinstance(hub, dict) else None
+    for holder in (content['meta'], info):
+        if isinstance(holder, dict) and 'cfg' in holder and not _is_plain(holder['cfg']):
+            del holder['cfg']
+            print_log(f'{source}: its config text is left out, because it holds code', 'current', logging.WARNING)
     return content
+
+
+def _is_plain(text: object) -> bool:
+    """Whether a config's text is assignments of data, as mmengine writes it."""
+    try:
+        body = ast.parse(text).body
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
+        return False
+    data = ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.UnaryOp, ast.unaryop, ast.keyword, ast.expr_context
+    for statement in body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        # A base is another file, which would be run.
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name) or targets[0].id == '_base_':
+            return False
+        for node in ast.walk(statement.value):
+            calls_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict'
+            names_dict = isinstance(node, ast.Name) and node.id == 'dict'
+            if not (isinstance(node, data) or calls_dict or names_dict):
+                return False
+    return True
 
 
 def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
@@ -97,14 +173,51 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
         raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
 
 
+def read_meta(path: Path) -> dict:
+    """The ``meta`` of a checkpoint, without reading its tensors and without checking that they are whole.
+
+    Raises:
+        CheckpointError: the file is broken or holds no dict.
+    """
+    content = _parse(path, 'cpu', mmap=zipfile.is_zipfile(path))
+    meta = content.get('meta') if isinstance(content, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
 def _read_torch(path: Path, map_location: MapLocation):
+    sealed = _check_bytes(path)
+    content = _parse(path, map_location)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    if not sealed and isinstance(meta, dict) and 'sealed_by' in meta:
+        raise CheckpointError(f'{path}: {_BROKEN} (its seal is missing)')
+    return content
+
+
+def _check_bytes(path: Path) -> bool:
+    """Raises CheckpointError where the file's checksums do not hold; returns whether it has a seal of ours."""
+    holds = seal_holds(path)
+    if holds is False:
+        raise CheckpointError(f'{path}: {_BROKEN} (its bytes are not those that were saved, by their SHA-256)')
+    if holds is None and zipfile.is_zipfile(path):
+        try:
+            # torch.load itself does not look at the checksums that torch.save wrote.
+            with zipfile.ZipFile(path) as records:
+                broken = records.testzip()
+        except Exception as error:  # a parser of foreign bytes fails in any way
+            raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
+        if broken:
+            raise CheckpointError(f'{path}: {_BROKEN} (wrong checksum of {broken})')
+    return bool(holds)
+
+
+def _parse(path: Path, map_location: MapLocation, mmap: bool = False):
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path}: the file is empty; copy or download it again')
     if map_location is None and not torch.cuda.is_available():
         map_location = 'cpu'  # a file saved on a GPU otherwise asks for one
     try:
         with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # a parser of foreign bytes fails in any way
@@ -147,6 +260,96 @@ def _download(url: str, path: Path) -> None:
         raise CheckpointError(
             f'{url}: the download failed ({error}). Fetch the file by hand and give its path instead.'
         ) from error
+
+
+@CheckpointLoader.register_scheme(prefixes=('modelzoo://', 'torchvision://'), force=True)
+def load_from_torchvision(name: str, map_location: MapLocation = None) -> dict:
+    """Download the weights of a torchvision model by mmengine's name for it, as ``torchvision://resnet50``.
+
+    Raises:
+        CheckpointError: no such name, or as :func:`load_from_http`.
+    """
+    return load_from_http(_looked_up(name, get_torchvision_models()), map_location)
+
+
+@CheckpointLoader.register_scheme(prefixes=('open-mmlab://', 'openmmlab://'), force=True)
+def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
+    """Read weights by OpenMMLab's name for them: a URL, or a file in ``MMENGINE_HOME`` that its list names.
+
+    Raises:
+        CheckpointError, FileNotFoundError: no such name, or as :func:`load_from_http` and :func:`load_from_local`.
+    """
+    scheme, _, short = name.partition('://')
+    place = _looked_up(f'{scheme}://{get_deprecated_model_names().get(short, short)}', get_external_models())
+    if place.startswith(('http://', 'https://')):
+        return load_from_http(place, map_location)
+    return load_from_local(str(Path(_get_mmengine_home()) / place), map_location)
+
+
+@CheckpointLoader.register_scheme(prefixes='mmcls://', force=True)
+def load_from_mmcls(name: str, map_location: MapLocation = None) -> dict:
+    """Download a classifier of MMClassification's, as ``mmcls://convnext-tiny``, and keep its backbone.
+
+    Raises:
+        CheckpointError: no such name, or as :func:`load_from_http`.
+    """
+    url = _looked_up(name, get_mmcls_models())
+    state = load_from_http(url, map_location)['state_dict']
+    backbone = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
+    return dict(state_dict=_with_source(backbone, url), meta={})
+
+
+def _looked_up(name: str, known: Mapping[str, str]) -> str:
+    short = name.partition('://')[2]
+    if short not in known:
+        near = difflib.get_close_matches(short, known, 3, 0.4) or list(known)[:3]
+        raise CheckpointError(f'{name}: mmengine knows no weights by that name; names near it: {", ".join(near)}')
+    return known[short]
+
+
+@CheckpointLoader.register_scheme(prefixes=(r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), force=True)
+def load_from_ceph(url: str, map_location: MapLocation = None) -> dict:
+    """Fetch a checkpoint through mmengine's Petrel backend, then read it like a local file.
+
+    Raises:
+        CheckpointError: the backend cannot be used or has no such file, or as :func:`load_from_local`.
+    """
+
+    def fetch(target: Path) -> None:
+        target.write_bytes(get_file_backend(url, backend_args=dict(backend='petrel')).get(url))
+
+    return _fetched(url, fetch, map_location)
+
+
+@CheckpointLoader.register_scheme(prefixes='pavi://', force=True)
+def load_from_pavi(url: str, map_location: MapLocation = None) -> dict:
+    """Fetch a checkpoint from Pavi, then read it like a local file.
+
+    Raises:
+        CheckpointError: Pavi cannot be used or has no such file, or as :func:`load_from_local`.
+    """
+
+    def fetch(target: Path) -> None:
+        from pavi import modelcloud
+
+        modelcloud.get(url.removeprefix('pavi://')).download(str(target))
+
+    return _fetched(url, fetch, map_location)
+
+
+def _fetched(url: str, fetch: Callable[[Path], None], map_location: MapLocation) -> dict:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / (Path(url).name or 'checkpoint')
+        try:
+            fetch(path)
+        except Exception as error:  # the clients' errors are their own, or that they are not installed
+            raise CheckpointError(
+                f'{url}: could not be fetched ({error}). Fetch the file by hand and give its path instead.'
+            ) from error
+        try:
+            return load_from_local(str(path), map_location)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(path), url)) from error
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://', force=True)
@@ -250,12 +453,12 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
 
     strange = [name for name in used if name not in own]
     missing = [name for name in own if name not in used and not _may_miss(name)]
-    unlike = [name for name in used if name in own and not _fits(name, used[name], own[name])]
+    unlike = [name for name in used if name in own and not fits(name, used[name], own[name])]
     if strange or missing or unlike:
         raise CheckpointError(
             f'{source}: expected weights of {describe(own, archs)}, found {describe(state, archs)}'
-            + _listed('missing', missing)
-            + _listed('unknown', strange)
+            + listed('missing', missing)
+            + listed('unknown', strange)
             + ''.join(f'; {n} is {tuple(used[n].shape)}, expected {tuple(own[n].shape)}' for n in unlike[:3])
         )
     new = [name for name in own if name not in used and not name.endswith('num_batches_tracked')]
@@ -283,13 +486,3 @@ def _beyond(name: str, backbone: nn.Module) -> bool:
 def _may_miss(name: str) -> bool:
     level_norm = name.startswith('norm') and not name.startswith('norm.')
     return level_norm or name.endswith('num_batches_tracked')
-
-
-def _fits(name: str, given: torch.Tensor, own: torch.Tensor) -> bool:
-    if name == 'pos_embed':  # its grid follows the image size, only its width is the variant's
-        return given.dim() == 4 and given.shape[-1] == own.shape[-1]
-    return given.shape == own.shape
-
-
-def _listed(what: str, names: list[str]) -> str:
-    return f'; {len(names)} {what}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}' if names else ''

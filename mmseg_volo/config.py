@@ -1,23 +1,32 @@
 """From a config file and command-line options to a config that is ready to run."""
 
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch.distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
-from .checkpoint import CheckpointError
+from .errors import STOPPED_NOTE, USER_ERRORS, ConfigError, TrainingStopped
 from .segmentors import PRECISIONS
 
-
-class ConfigError(ValueError):
-    """A config and an option that do not go together."""
+# What the visualizer's backends need, which mmengine asks for only when it first writes to one.
+_BACKENDS = {
+    'TensorboardVisBackend': 'tensorboard',
+    'WandbVisBackend': 'wandb',
+    'MLflowVisBackend': 'mlflow',
+    'ClearMLVisBackend': 'clearml',
+    'NeptuneVisBackend': 'neptune',
+    'DVCLiveVisBackend': 'dvclive',
+    'AimVisBackend': 'aim',
+}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +74,9 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
     parser.add_argument('--channels-last', action='store_true', help="keep convolutions' weights in this memory format")
     parser.add_argument(
+        '--allow-mismatch', action='store_true', help='take a checkpoint of another model or other classes as it fits'
+    )
+    parser.add_argument(
         '--window-batch', type=int, metavar='N', help='sliding windows in one forward pass; default: chosen to fit'
     )
 
@@ -77,6 +89,7 @@ def set_inference_options(
     channels_last: bool = False,
     window_batch: int | None = None,
     confidence: bool = False,
+    allow_mismatch: bool = False,
 ) -> None:
     """Write what is asked for into ``model.test_cfg``, where the segmentor reads it; to be done before :func:`use_tta`.
 
@@ -85,10 +98,13 @@ def set_inference_options(
         aug_test: whether the config's ``tta_model`` will run the model.
         precision, compile, channels_last, window_batch, confidence: see
             :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
+        allow_mismatch: take checkpoints of other models or classes; for models of any type.
 
     Raises:
         ConfigError: the model does not know these options, a batch under 1, or no compiler where one is needed.
     """
+    if allow_mismatch:
+        config.model.test_cfg = {**(config.model.get('test_cfg') or {}), 'allow_mismatch': True}
     options = dict(
         precision=precision,
         compile=compile,
@@ -145,15 +161,43 @@ def use_tta(config: Config) -> None:
     config.model = dict(**config.tta_model, module=config.model)
 
 
+def check_vis_backends(config: Config) -> None:
+    """Raise ConfigError where the visualizer writes to something that is not installed."""
+    visualizer = config.get('visualizer') or {}
+    for backend in visualizer.get('vis_backends') or []:
+        package = _BACKENDS.get(backend.get('type')) if isinstance(backend, dict) else None
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f'visualizer.vis_backends has {backend["type"]}, but {package} is not installed: pip install {package}'
+            )
+
+
 def build_runner(config: Config) -> Runner:
-    """The runner that the config asks for, mmengine's own where it does not say."""
+    """The runner that the config asks for, mmengine's own where it does not say.
+
+    Raises:
+        ConfigError: see :func:`check_vis_backends`.
+    """
+    check_vis_backends(config)
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
 def run_tool(main: Callable[[], int | None]) -> None:
-    """Run a command-line tool: what the user can put right ends in one line and status 1, without a traceback."""
+    """Run a command-line tool: what the user can put right ends in one line and status 1, without a traceback.
+
+    Training that was stopped by a signal, and is saved, ends with ``TrainingStopped.exit_code``.
+    """
     os.environ.setdefault('LOCAL_RANK', '0')
+    process = f' (process {os.environ["RANK"]})' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
     try:
-        sys.exit(main() or 0)
-    except (CheckpointError, ConfigError, FileNotFoundError, FileExistsError) as error:
-        sys.exit(f'error: {error}')
+        status = main() or 0
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        sys.exit(status)
+    except TrainingStopped as stopped:
+        print(f'{stopped}{process}', file=sys.stderr)
+        if os.environ.get(STOPPED_NOTE):
+            Path(os.environ[STOPPED_NOTE]).touch()
+        sys.exit(TrainingStopped.exit_code)
+    except USER_ERRORS as error:
+        sys.exit(f'error{process}: {error}')

@@ -3,11 +3,14 @@
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
+from mmengine.dist import get_world_size
 from mmseg.models.decode_heads import UPerHead
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .errors import ConfigError
 from .losses import BandedLoss
 
 
@@ -20,13 +23,28 @@ class LeanUPerHead(BandedLoss, UPerHead):
     enlarged and added (:func:`conv_of_enlarged`): at half the resolution a quarter of the multiply-adds. The joined
     maps are never made. With VOLO's four maps on a 512 x 512 window that leaves 34 of 66 G multiply-adds. The loss
     needs no logits in the size of the labels (:class:`~mmseg_volo.losses.BandedLoss`).
+
+    Raises:
+        ConfigError: in training, a batch norm that sees one value per channel: one picture per device, pooled to 1 x 1.
     """
 
     def psp_forward(self, inputs: list[Tensor]) -> Tensor:
         """The pyramid pooling module: as in UPerHead."""
         finest = inputs[-1]
+        if self.training and len(finest) == 1 and 1 in self.psp_modules.pool_scales:
+            self._check_norms()
         pooled = [pool(finest) for pool in self.psp_modules]
         return _joined_conv(self.bottleneck, [finest, *pooled], self.align_corners)
+
+    def _check_norms(self) -> None:
+        for norm in self.psp_modules.modules():
+            is_synced = isinstance(norm, nn.SyncBatchNorm) and get_world_size() > 1
+            if isinstance(norm, _BatchNorm) and (norm.training or norm.running_mean is None) and not is_synced:
+                raise ConfigError(
+                    f'{type(norm).__name__} cannot train on one picture per device, which UPerHead pools to 1 x 1: '
+                    "set train_dataloader.batch_size=2 or more, or train on several GPUs with norm_cfg.type='SyncBN', "
+                    "or set decode_head.norm_cfg to dict(type='GN', num_groups=32)"
+                )
 
     def _forward_feature(self, inputs: list[Tensor]) -> Tensor:
         inputs = self._transform_inputs(inputs)

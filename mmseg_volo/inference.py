@@ -16,12 +16,13 @@ import torch
 from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.device import get_device
-from mmseg.apis import init_model
 from mmseg.registry import MODELS
+from torch import nn
 from tqdm import tqdm
 
+from .apis import init_model
 from .config import check_tta, set_inference_options
+from .data.image_files import read_header
 from .visualize import overlay
 
 _PREPARED_AHEAD = 2**22  # pixels
@@ -43,11 +44,11 @@ class Predictor:
         checkpoint: its checkpoint.
         device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
         aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
-        options: precision, compile, channels_last, window_batch, confidence: see
+        options: precision, compile, channels_last, window_batch, confidence, allow_mismatch: see
             :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
 
     Attributes:
-        classes, palette: names and RGB colours, as the checkpoint holds them.
+        classes, palette: names and RGB colours, as the checkpoint holds them, else the config's data set.
 
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoint`.
@@ -64,22 +65,39 @@ class Predictor:
     ):
         config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
         set_inference_options(config, aug_test, **options)
-        self.model = init_model(config, checkpoint, device=device or get_device())
+        self.model = init_model(config, checkpoint, device)
         self.classes = self.model.dataset_meta['classes']
         self.palette = self.model.dataset_meta['palette']
         if aug_test:
             check_tta(config)
             self.model = MODELS.build(dict(config.tta_model, module=self.model)).eval()
+        convolutions = (m for m in self.model.modules() if isinstance(m, nn.Conv2d))
+        self._takes_colour = next(convolutions).in_channels == 3
         pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
         self.pipeline = Compose(_for_arrays(pipeline))
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Class ids (H, W), int64, of one BGR image (H, W, 3), uint8."""
+        """Class ids (H, W), int64, of one picture as :meth:`prepare` takes it."""
         return self.predict(self.prepare(image)).classes
 
     def prepare(self, image: np.ndarray) -> dict:
-        """What the test pipeline makes of one BGR image (H, W, 3), uint8: the input of :meth:`predict`."""
-        return pseudo_collate([self.pipeline(dict(img=image))])
+        """What the test pipeline makes of one picture: the input of :meth:`predict`.
+
+        Args:
+            image: BGR (H, W, 3), uint8, or what :func:`as_bgr` makes this of. Whether an array is RGB cannot be told.
+
+        Raises:
+            ValueError: no such picture, or too small for the pipeline.
+        """
+        if self._takes_colour:
+            image = as_bgr(image)
+        try:
+            return pseudo_collate([self.pipeline(dict(img=image))])
+        except cv2.error as error:
+            height, width = image.shape[:2]
+            raise ValueError(
+                f'the test pipeline cannot resize {width} x {height} pixels (a side may shrink to nothing): {error.err}'
+            ) from error
 
     @torch.no_grad()
     def predict(self, data: dict) -> Prediction:
@@ -101,9 +119,45 @@ def _for_arrays(pipeline: Sequence) -> list:
             out.append(dict(type='LoadImageFromNDArray'))
         elif step['type'] == 'TestTimeAug':
             out.append(dict(step, transforms=_for_arrays(step['transforms'])))
-        elif step['type'] != 'LoadAnnotations':
+        elif step['type'] not in ('LoadAnnotations', 'LoadCheckedAnnotations'):
             out.append(dict(step))
     return out
+
+
+def as_bgr(image: np.ndarray) -> np.ndarray:
+    """A picture as the models take it: BGR (H, W, 3), uint8.
+
+    Args:
+        image: (H, W) or (H, W, 1), grey; (H, W, 3), BGR; or (H, W, 4), BGR and alpha, which is left out. Of integers
+            from 0 to 255; uint16 above that, of which the upper 8 bits are taken, as from files; or floats from 0 to 1,
+            or else from 0 to 255.
+
+    Returns:
+        The picture itself where it is so already.
+
+    Raises:
+        ValueError: another shape or type, no pixels, or values that are out of range or not finite.
+    """
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f'expected a picture as a NumPy array (H, W, 3), BGR, uint8, got {type(image).__name__}')
+    what = f'a picture of shape {image.shape}, {image.dtype}'
+    is_picture = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+    if not is_picture or image.dtype.kind not in 'uif':
+        raise ValueError(f'{what}: expected (H, W, 3), BGR, uint8; (H, W) and 4 channels, 16 bits and floats work too')
+    if not image.size:
+        raise ValueError(f'{what}: it has no pixels')
+    if image.dtype == np.uint16 and image.max() > 255:
+        image = (image >> 8).astype(np.uint8)
+    elif image.dtype != np.uint8:
+        low, high = image.min(), image.max()
+        if not (low >= 0 and high <= 255):  # false for NaN too
+            raise ValueError(f'{what}: values from {low} to {high}, expected 0 to 255, or 0 to 1 for floats')
+        if image.dtype.kind == 'f':
+            image = np.rint(image * 255 if high <= 1 else image)
+        image = image.astype(np.uint8)
+    if image.ndim == 2 or image.shape[2] == 1:
+        return np.repeat(image.reshape(*image.shape[:2], 1), 3, axis=2)
+    return image[..., :3] if image.shape[2] == 4 else image
 
 
 def find_images(sources: Iterable[str]) -> dict[Path, Path]:
@@ -121,15 +175,16 @@ def find_images(sources: Iterable[str]) -> dict[Path, Path]:
         path = Path(source)
         if path.is_file():
             images = {path: Path(path.name)}
-        elif path.is_dir():
+        elif source and path.is_dir():  # an empty name, as an unset variable leaves it, is not the current folder
             inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             images = {p: p.relative_to(path) for p in inside}
         else:
             matches = sorted(Path(p) for p in glob.glob(source, recursive=True))
             images = {p: Path(p.name) for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
         if not images:
+            kinds = ', '.join(IMAGE_SUFFIXES)
             raise FileNotFoundError(
-                f'{source}: no image found; expected a file, a folder or a pattern with {", ".join(IMAGE_SUFFIXES)}'
+                f'{source or "an empty name"}: no image found; expected a file, a folder or a pattern with {kinds}'
             )
         found.update(images)
     plain = [place.with_suffix('') for place in found.values()]
@@ -210,13 +265,19 @@ def _loaded(predictor: Predictor, paths: list[Path]) -> Iterator[tuple[Path, Fut
 
 
 def _read(path: Path) -> np.ndarray:
+    data = path.read_bytes()
     try:
-        image = mmcv.imread(str(path))
+        read_header(data)
+        image = mmcv.imfrombytes(data)
+        if image is None:  # OpenCV converts up to 16 bits a value by itself
+            image = mmcv.imfrombytes(data, flag='unchanged')
+    except ValueError as error:
+        raise ValueError(f'it is no image, or broken: {error}') from error
     except (cv2.error, AttributeError) as error:
         raise ValueError('it is no image, or broken') from error
     if image is None:
         raise ValueError('it is no image, or broken')
-    return image
+    return as_bgr(image)
 
 
 def _write(path: Path, picture: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """mmseg's segmentor and test-time augmentation, with predictions streamed as in :mod:`mmseg_volo.streaming`."""
 
 import ctypes
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
+from .errors import ConfigError
+from .matching import check_weights
 from .streaming import View, axis, stream
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -37,14 +40,45 @@ class StreamingEncoderDecoder(EncoderDecoder):
     - ``channels_last``: keep the weights of convolutions in that memory format.
     - ``confidence``: predictions carry ``seg_confidence`` (1, H, W), the probability of the class that was chosen.
     - ``return_logits``: predictions carry ``seg_logits`` (C, H, W), as EncoderDecoder's always do.
+    - ``allow_mismatch``: take checkpoints of other models, as far as they fit
+      (:func:`~mmseg_volo.matching.check_weights`).
 
     Raises:
         ValueError: an unknown precision, or a stride over ``crop_size``, which would leave pixels without a window.
+        CheckpointError: when loading a checkpoint of another model.
+        ConfigError: when moved to a device that is not there.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._network = WindowNetwork(self)
+
+    def to(self, *args, **kwargs) -> nn.Module:
+        """As in mmengine, for devices that there are."""
+        for place in (*args[:1], kwargs.get('device')):
+            check_device(place)
+        return super().to(*args, **kwargs)
+
+    def cuda(self, device: int | str | torch.device | None = None) -> nn.Module:
+        """As in mmengine, for devices that there are."""
+        check_device('cuda' if device is None else device)
+        return super().cuda(device)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
+        # What comes from a file says so; whoever has a state dict from elsewhere knows what is in it.
+        if not prefix and 'source' in local_metadata:
+            check_weights(self, state_dict, local_metadata['source'])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def test_step(self, data: dict | tuple | list) -> SampleList:
+        """As in mmengine, for pictures that the preprocessor is made for.
+
+        Raises:
+            ValueError: a wrong number of channels, or values that are not of an 8-bit picture.
+        """
+        if isinstance(data, dict):
+            _check_pictures(self.data_preprocessor, data.get('inputs', ()), data.get('data_samples'))
+        return super().test_step(data)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: SampleList | None = None) -> SampleList:
@@ -128,6 +162,7 @@ class StreamingTTAModel(SegTTAModel):
         """
         views: list[list[View]] = [[] for _ in data['inputs'][0]]
         for inputs, samples in zip(data['inputs'], data['data_samples'], strict=True):
+            _check_pictures(self.module.data_preprocessor, inputs, samples)
             for n, view in enumerate(self._views(inputs, samples)):
                 views[n].append(view)
         samples = data['data_samples'][0]
@@ -237,6 +272,49 @@ class WindowNetwork:
         shape = windows.shape[2:]
         meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
         return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
+
+
+def check_device(device: object) -> None:
+    """Refuse a device that is not there; what does not name one passes.
+
+    Raises:
+        ConfigError: no kind of device has this name, or PyTorch cannot use this GPU.
+    """
+    if not isinstance(device, (str, int, torch.device)):
+        return
+    try:
+        found = torch.device('cuda', device) if isinstance(device, int) else torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r}: no such device; expected 'cpu', 'cuda', 'cuda:1', ...") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found.type == 'cuda' and (found.index or 0) >= count:
+        there = f"PyTorch can use {count}, 'cuda:0' first" if count else 'there is no GPU that PyTorch can use'
+        raise ConfigError(f"device {found}: {there}; pass device='cpu'" + (' or another one' if count else ''))
+
+
+def _check_pictures(pre: nn.Module, images: Sequence[Tensor], samples: SampleList | None) -> None:
+    """Refuse pictures (3 or 1, H, W) that are not 8 bits deep where the model's mean and deviation are for those."""
+    if not isinstance(pre, SegDataPreProcessor) or not pre._enable_normalize:
+        return
+    for image, sample in zip(images, samples or [None] * len(images), strict=False):
+        if image.dtype == torch.uint8 and image.dim() == 3 and len(image) in (1, 3):
+            continue
+        what = f'a picture of shape {tuple(image.shape)}, {str(image.dtype).removeprefix("torch.")}'
+        if image.dim() != 3 or (pre.mean.numel() == 3 and len(image) not in (1, 3)):
+            raise ValueError(f'{what}: expected (3, H, W); mmseg takes arrays as (H, W, 3), BGR, uint8')
+        if pre.mean.max() <= 1:  # made for another range
+            continue
+        values = image.float()
+        low, high = values.min().item(), values.max().item()
+        if not math.isfinite(low + high):
+            raise ValueError(f'{what}: has values that are not finite')
+        # Up to twice 255 may come from a resize that overshoots. Small ones are told apart where no file says 8 bits.
+        given_as_array = sample is not None and sample.metainfo.get('img_path', '') is None
+        if high > 510 or (given_as_array and 0 < high <= (16 if low < 0 else 1)):
+            raise ValueError(
+                f'{what}: values from {low:.4g} to {high:.4g}, expected 0 to 255; mmseg_volo.inference.Predictor '
+                'converts pictures of 16 bits or of 0 to 1'
+            )
 
 
 def _give_back_free_memory() -> None:

@@ -322,6 +322,33 @@ class VOLO(BaseModule):
             self._grids[grid] = resize_pos_embed(pos_embed, grid)
         return self._grids[grid]
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """The depth of a parameter, for layer-wise learning-rate decay.
+
+        ``patch_embed`` has depth 0, the blocks 1, 2, ... in their order. The downsample and ``pos_embed`` share the
+        depth of the Outlooker before them, as mmpretrain has it for Swin's downsamples. The out norms, most of them
+        not pretrained, come last, with all that is not the backbone's.
+
+        Args:
+            param_name: the parameter's name in the model.
+            prefix: what stands before the backbone's own names, as 'backbone.'.
+
+        Returns:
+            The depth, and the number of depths: the blocks and two more.
+        """
+        stages = self.out_indices[-1] + 1
+        blocks = [len(self._stage(i)) for i in range(stages)]
+        last = sum(blocks) + 1
+        part, *numbers = param_name.removeprefix(prefix).split('.') if param_name.startswith(prefix) else ['']
+        if part == 'patch_embed':
+            return 0, last + 1
+        if part == 'pos_embed' or (part == 'network' and numbers[0] == '1'):
+            return blocks[0], last + 1
+        if part == 'network':
+            stage = max(int(numbers[0]) - 1, 0)
+            return sum(blocks[:stage]) + int(numbers[1]) + 1, last + 1
+        return last, last + 1
+
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # Any state dict of this variant fits, whatever image size it was trained for.
         key = f'{prefix}pos_embed'

@@ -9,6 +9,7 @@ import cv2
 import pytest
 import torch
 from mmengine.config import Config
+from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
 from test_tools import CONFIG
 
@@ -157,7 +158,7 @@ def model(tmp_path) -> tuple[Path, Path]:
     config, checkpoint = tmp_path / 'tiny.py', tmp_path / 'tiny.pth'
     config.write_text(CONFIG.replace('DATA', str(tmp_path / 'scenes')))
     network = MODELS.build(Config.fromfile(config).model)
-    dataset = dict(classes=[str(i) for i in range(19)], palette=[[i, i, i] for i in range(19)])
+    dataset = CityscapesDataset.METAINFO
     torch.save(dict(state_dict=network.state_dict(), meta=dict(dataset_meta=dataset)), checkpoint)
     return config, checkpoint
 

@@ -97,7 +97,8 @@ def test_train_logs_an_eta_and_saves_what_reads_safely(trained):
 def test_train_resumes_from_the_checkpoint_without_the_pretrained_file(trained):
     config, work, _, _ = trained
     shutil.copytree(work / 'run', work / 'resumed')
-    (work / 'resumed/last_checkpoint').write_text(str(work / 'resumed/iter_2.pth'))
+    (work / 'resumed/iter_4.pth').unlink()
+    (work / 'resumed/last_checkpoint').unlink()
     missing = 'model.backbone.init_cfg.checkpoint=gone.pth', 'model.backbone.init_cfg.type=Pretrained'
     output = tool('train.py', config, '--work-dir', work / 'resumed', '--resume', '--cfg-options', *missing)
     assert 'resumed epoch: 0, iter: 2' in output and 'Iter(train) [3/4]' in output

@@ -23,6 +23,7 @@ from mmseg_volo.benchmark import (
     Case,
     ModelCase,
     OpCase,
+    SaveCase,
     TrainCase,
 )
 from mmseg_volo.config import run_tool
@@ -160,6 +161,11 @@ def train(args: argparse.Namespace) -> Callable[[dict], None]:
     return lambda found: benchmark.measure_train(todo, args.rounds, not args.no_memory, Path(args.out), found)
 
 
+def saving(args: argparse.Namespace) -> Callable[[dict], None]:
+    todo = batch_cases(SaveCase, args, 'arch', 'classes', 'interval', 'folder')
+    return lambda found: benchmark.measure_saving(todo, args.rounds, not args.no_memory, Path(args.out), found)
+
+
 def models(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(ModelCase, args, 'model')
     return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
@@ -217,6 +223,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_arch_argument(sub)
     sub.add_argument('--classes', type=COUNT, default=150, help='19 or more; default %(default)s')
     sub.add_argument('--checkpointing', action='store_true', help='activation checkpointing, our side only')
+    add_batch_arguments(sub, [2])
+
+    sub = commands.add_parser('saving', help="saving a checkpoint in training, mmengine's way against this package's")
+    sub.set_defaults(prepare=saving, parser=sub)
+    add_arch_argument(sub)
+    sub.add_argument('--classes', type=COUNT, default=150, help='19 or more; default %(default)s')
+    sub.add_argument('--interval', type=COUNT, default=16000, help='iterations between two; default %(default)s')
+    sub.add_argument('--folder', default='.', metavar='DIR', help='on the disk to be measured; default here')
     add_batch_arguments(sub, [2])
 
     sub = commands.add_parser('models', help='VOLO-D1 beside Swin, ConvNeXt and SegFormer, with published ADE20K mIoU')

@@ -30,6 +30,7 @@ def main() -> int:
         channels_last=args.channels_last,
         window_batch=args.window_batch,
         confidence=args.confidence,
+        allow_mismatch=args.allow_mismatch,
     )
     failed = predict_files(predictor, args.source, args.out, args.overlay)
     if failed:

@@ -26,7 +26,16 @@ def main() -> None:
 
     config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
     config.load_from = args.checkpoint
-    set_inference_options(config, args.aug_test, args.precision, args.compile, args.channels_last, args.window_batch)
+    set_inference_options(
+        config,
+        args.aug_test,
+        args.precision,
+        args.compile,
+        args.channels_last,
+        args.window_batch,
+        allow_mismatch=args.allow_mismatch,
+    )
+    config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='MatchingCheckpointHook')]
     if args.aug_test:
         use_tta(config)
     if args.out:

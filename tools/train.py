@@ -1,4 +1,4 @@
-"""Train a segmentor: tools/train.py configs/volo_d1_cityscapes.py [--amp] [--resume]."""
+"""Train a segmentor: tools/train.py configs/volo_d1_cityscapes.py [--amp] [--resume [CHECKPOINT]]."""
 
 import argparse
 
@@ -8,13 +8,24 @@ from mmseg_volo.config import add_common_arguments, build_runner, load_config, r
 def main() -> None:
     parser = argparse.ArgumentParser(description='Train a segmentor.')
     parser.add_argument('config', help='config file')
-    parser.add_argument('--resume', action='store_true', help='go on from the newest checkpoint in the work dir')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const=True,
+        metavar='CHECKPOINT',
+        help='go on where a run ended: from this file, by default from the newest whole one in the work dir',
+    )
     parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
     add_common_arguments(parser)
     args = parser.parse_args()
 
     config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
-    config.resume = args.resume or config.get('resume', False)
+    if args.resume:
+        config.resume = True
+        if args.resume is True:
+            config.auto_resume = True  # a load_from of the config counts only where there is nothing to resume
+        else:
+            config.load_from = args.resume
     if args.amp:
         use_amp(config)
     build_runner(config).train()

@@ -2,7 +2,7 @@
 
 default_scope = 'mmseg'
 custom_imports = dict(imports=['mmseg_volo'], allow_failed_imports=False)
-runner_type = 'VOLORunner'  # mmengine's Runner, plus distributed runs without a GPU
+runner_type = 'VOLORunner'  # mmengine's Runner, plus safe resuming, and distributed runs without a GPU
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
@@ -12,10 +12,12 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=3, save_best='mIoU'),
+    # mmengine's CheckpointHook, whose files are whole or not there; SIGTERM and SIGINT save one more.
+    checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=3, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
+custom_hooks = [dict(type='LabelGuardHook'), dict(type='NonFiniteGuardHook', max_in_row=25)]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(by_epoch=False)

@@ -16,6 +16,7 @@ from .pictures import draw, prepare, view_pixels
 from .precision import OPTIONS, measure_precision
 from .prediction import measure_memory
 from .reporting import print_header
+from .saving import SaveCase, measure_saving
 from .scaling import measure_scaling, sizes_of
 from .training import TrainCase, measure_train
 
@@ -29,6 +30,7 @@ __all__ = [
     'Case',
     'ModelCase',
     'OpCase',
+    'SaveCase',
     'TrainCase',
     'build',
     'copy_weights',
@@ -40,6 +42,7 @@ __all__ = [
     'measure_models',
     'measure_op',
     'measure_precision',
+    'measure_saving',
     'measure_scaling',
     'measure_train',
     'prepare',

@@ -1,0 +1,97 @@
+"""What an image file's bytes say without being decoded: whether the file is whole, its size, how it is turned."""
+
+import zlib
+from typing import NamedTuple
+
+from PIL import Image
+
+_PNG, _JPEG = b'\x89PNG\r\n\x1a\n', b'\xff\xd8'
+_ORIENTATION = 0x0112
+_JPEG_SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers
+_JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
+_CUT_OFF = 'it is cut off'
+
+
+class Header(NamedTuple):
+    """Format ('png', 'jpeg' or 'other'), (height, width) as stored or None where unknown, and the EXIF orientation."""
+
+    format: str
+    shape: tuple[int, int] | None = None
+    orientation: int = 1
+
+
+def read_header(data: bytes) -> Header:
+    """Read an image file's header and look whether the file reaches its end.
+
+    PNG: every critical chunk is there with its checksum. JPEG: the end marker is there. Other formats are only told
+    apart from nothing at all; they have to be decoded to be known.
+
+    Raises:
+        ValueError: the file is empty, cut off or damaged; the message is a clause that says which.
+    """
+    if not data:
+        raise ValueError('it is empty (0 bytes)')
+    if data.startswith(_PNG):
+        return _png(data)
+    if data.startswith(_JPEG):
+        return _jpeg(data)
+    return Header('other')
+
+
+def _png(data: bytes) -> Header:
+    view, at, shape, orientation = memoryview(data), len(_PNG), None, 1
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], 'big')
+        if end > len(data):
+            break
+        # A lower-case first letter marks a chunk that decoders may skip: they ignore its checksum too.
+        if not kind[0] & 0x20 and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], 'big'):
+            raise ValueError('it is damaged (a checksum in it differs)')
+        if kind == b'IHDR':
+            shape = int.from_bytes(data[at + 12 : at + 16], 'big'), int.from_bytes(data[at + 8 : at + 12], 'big')
+        elif kind == b'eXIf':
+            orientation = _orientation(data[at + 8 : end - 4])
+        elif kind == b'IEND':
+            return Header('png', shape, orientation)
+        at = end
+    raise ValueError(_CUT_OFF)
+
+
+def _jpeg(data: bytes) -> Header:
+    at, shape, orientation = len(_JPEG), None, 1
+    while True:
+        at = data.find(b'\xff', at)
+        if at < 0 or at + 4 > len(data):
+            raise ValueError(_CUT_OFF)
+        marker = data[at + 1]
+        if marker in (0x00, 0xFF):
+            at += 1
+        elif marker in _JPEG_BARE:
+            at += 2
+        elif marker == 0xD9:
+            raise ValueError('it is damaged (it ends before the picture begins)')
+        else:
+            end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
+            segment = data[at + 4 : end]
+            if marker in _JPEG_SIZES:
+                shape = int.from_bytes(segment[1:3], 'big'), int.from_bytes(segment[3:5], 'big')
+            elif marker == 0xE1 and segment.startswith(b'Exif\0\0'):
+                orientation = _orientation(segment)
+            elif marker == 0xDA:
+                break
+            at = end
+    if shape is None or 0 in shape:
+        raise ValueError('it is damaged (its header gives no size)')
+    # In a scan's data a byte 0xFF is always followed by 0 or a restart marker, so this is no chance match.
+    if data.find(b'\xff\xd9', at) < 0:
+        raise ValueError(_CUT_OFF)
+    return Header('jpeg', shape, orientation)
+
+
+def _orientation(exif: bytes) -> int:
+    try:
+        tags = Image.Exif()
+        tags.load(exif)
+        return int(tags.get(_ORIENTATION, 1))
+    except Exception:  # PIL raises nearly anything on broken tags, and decoders then do not turn the picture
+        return 1

@@ -1,0 +1,86 @@
+"""Training runs small enough for tests: every kind of randomness that a real one has, drawn scenes, a tiny VOLO."""
+
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+
+from mmseg_volo.checkpoint import load_from_local
+from mmseg_volo.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = f"""
+_base_ = '{ROOT}/configs/volo_d1_quickstart.py'
+arch = dict(depths=(1, 1, 1, 2), dims=(24, 48, 48, 48), heads=(1, 2, 2, 2), mlp_ratios=1, stem_width=8)
+crop_size = (64, 64)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(arch=dict(_delete_=True, **arch), img_size=crop_size, drop_path_rate=0.3),
+    decode_head=dict(in_channels=[24, 48, 48, 48], channels=16, dropout_ratio=0.1),
+)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='RandomResize', scale=(128, 64), ratio_range=(0.8, 1.5), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
+data = dict(type='StreetSceneDataset', data_root='DATA', train=7, val=2, size=(64, 128))
+train_dataloader = dict(batch_size=2, num_workers=0, dataset=dict(pipeline=train_pipeline, **data))
+val_dataloader = dict(num_workers=0, dataset=dict(**data))
+test_dataloader = val_dataloader
+max_iters = 8
+train_cfg = dict(max_iters=max_iters, val_interval=4)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=3),
+    dict(type='PolyLR', eta_min=1e-6, power=1.0, by_epoch=False, begin=3, end=max_iters),
+]
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, save_best='mIoU', max_keep_ckpts=2))
+"""
+
+
+def write_config(folder: Path, data: Path | None = None, more: str = '') -> Path:
+    """A config file in ``folder``; ``more`` overrides what it says."""
+    path = folder / 'small.py'
+    path.write_text(TEXT.replace('DATA', str(data or folder / 'scenes')) + more)
+    return path
+
+
+def small_config(folder: Path, work_dir: str = 'run', **options) -> Config:
+    """The config, read; ``options`` are overrides with __ for the dots."""
+    config = load_config(str(write_config(folder)), None, str(folder / work_dir))
+    config.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
+    config.experiment_name = f'{folder.name}_{work_dir}'  # mmengine keeps message hubs and visualizers by this name
+    return config
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """What is not the same, bit for bit, in the weights and the optimizer's state of two checkpoints."""
+    one, two = (flat(load_from_local(str(path))) for path in (first, second))
+    assert one.keys() == two.keys()
+    return [
+        name
+        for name, value in one.items()
+        if not (torch.equal(value, two[name]) if isinstance(value, torch.Tensor) else value == two[name])
+    ]
+
+
+def flat(checkpoint: dict) -> dict:
+    """Weights, optimizer and schedulers by dotted names."""
+    out = {}
+
+    def walk(name, value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f'{name}.{key}', inner)
+        elif isinstance(value, (list, tuple)):
+            for i, inner in enumerate(value):
+                walk(f'{name}.{i}', inner)
+        else:
+            out[name] = value
+
+    for part in ('state_dict', 'optimizer', 'param_schedulers'):
+        walk(part, checkpoint[part])
+    return out

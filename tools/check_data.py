@@ -1,0 +1,136 @@
+"""Check all files of a config's data sets before training: tools/check_data.py CONFIG.
+
+Finds files that are missing, broken, of another size than their partner or labelled otherwise than the config says, and
+pictures that two splits share; prints and plots how often each class occurs. Ends with status 1 where there is a fault.
+"""
+
+import argparse
+import csv
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import DictAction
+from mmengine.registry import init_default_scope
+from prettytable import PrettyTable
+
+from mmseg_volo.config import load_config, run_tool
+from mmseg_volo.data.check import Finding, SplitReport, check_config
+
+SHOWN = 3  # files of each kind of fault
+
+
+def positive(text: str) -> int:
+    """A number of processes; argparse reports the ValueError of anything else."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def print_findings(findings: Sequence[Finding]) -> None:
+    kinds = defaultdict(list)
+    for finding in findings:
+        kinds['fault' if finding.fault else 'warning', finding.split, finding.kind].append(finding)
+    for (level, split, kind), group in kinds.items():
+        print(f'{level}: {split}: {kind} ({len(group)})')
+        for finding in group[:SHOWN]:
+            print(f'  {finding}')
+        if len(group) > SHOWN:
+            print(f'  ... and {len(group) - SHOWN} more, see --fix-report')
+
+
+def balance(report: SplitReport) -> np.ndarray:
+    """Each class's share of the labelled pixels (N,), in percent."""
+    return 100 * report.pixels / max(report.pixels.sum(), 1)
+
+
+def print_classes(reports: Sequence[SplitReport]) -> None:
+    """A table of the classes' pixels and images in each split."""
+    if not reports:
+        return
+    table = PrettyTable(['class', *(f'{r.split} {what}' for r in reports for what in ('pixels %', 'images'))])
+    table.align, table.align['class'] = 'r', 'l'
+    for i, name in enumerate(reports[0].classes):
+        cells = ((f'{balance(r)[i]:.3f}', int(r.images[i])) for r in reports if i < len(r.pixels))
+        table.add_row([name, *(cell for pair in cells for cell in pair)])
+    print(table)
+
+
+def plot_classes(reports: Sequence[SplitReport], path: Path) -> None:
+    """Bars of each class's share of the labelled pixels, the splits side by side."""
+    from matplotlib.figure import Figure  # slow to import
+
+    names, height = reports[0].classes, 0.8 / len(reports)
+    figure = Figure(figsize=(7, 1.2 + 0.16 * len(names) * (1 + len(reports))), layout='constrained')
+    axes = figure.add_subplot()
+    for i, report in enumerate(reports):
+        axes.barh(np.arange(len(report.pixels)) + (i + 0.5) * height - 0.4, balance(report), height, label=report.split)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xscale('symlog', linthresh=0.01)
+    axes.set_xlim(0, 100)
+    axes.set_xticks([0, 0.01, 0.1, 1, 10, 100], ['0', '0.01', '0.1', '1', '10', '100'])
+    axes.margins(y=0.01)
+    axes.set_xlabel('share of the labelled pixels (%)')
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def write_report(findings: Sequence[Finding], path: Path) -> None:
+    """Write one line for each finding, JSON or for other suffixes than .json and .jsonl CSV; whole or not at all."""
+    rows = [asdict(finding) for finding in findings]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
+    try:
+        with part.open('w', newline='', encoding='utf-8') as file:
+            if path.suffix in ('.json', '.jsonl'):
+                file.writelines(json.dumps(row) + '\n' for row in rows)
+            else:
+                writer = csv.DictWriter(file, list(Finding.__dataclass_fields__))
+                writer.writeheader()
+                writer.writerows(rows)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--split', nargs='+', choices=['train', 'val', 'test'], help='default: all that differ')
+    parser.add_argument('--fix-report', metavar='FILE', type=Path, help='every finding, as .jsonl or .csv')
+    parser.add_argument('--plot', metavar='FILE', type=Path, help='default work_dirs/CONFIG/check_data_SPLITS.png')
+    parser.add_argument('--workers', type=positive, help='number of processes; default: one per CPU')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='as for train.py')
+    args = parser.parse_args()
+
+    config = load_config(args.config, args.cfg_options)
+    init_default_scope(config.get('default_scope', 'mmseg'))
+    reports = check_config(config, args.split, args.workers)
+    findings = [finding for report in reports for finding in report.findings]
+    for report in reports:
+        print(f'{report.split}: {report.files} images, {report.labels} labels read')
+        for reason in report.left_out:
+            print(f'  left out: {reason}')
+    print_findings(findings)
+    counted = [report for report in reports if report.labels and report.classes]
+    print_classes(counted)
+    if counted:
+        plot = args.plot or Path(config.work_dir) / f'check_data_{"_".join(r.split for r in counted)}.png'
+        plot_classes(counted, plot)
+        print(f'class balance: {plot}')
+    if args.fix_report:
+        write_report(findings, args.fix_report)
+        print(f'all findings: {args.fix_report}')
+    faults = sum(finding.fault for finding in findings)
+    print(f'{faults} faults, {len(findings) - faults} warnings')
+    return int(faults > 0)
+
+
+if __name__ == '__main__':
+    run_tool(main)
