@@ -17,10 +17,10 @@ from small_runs import differences, small_config
 
 import mmseg_volo.hooks
 from mmseg_volo.checkpoint import load_from_local
-from mmseg_volo.config import build_runner
-from mmseg_volo.errors import CheckpointError, SaveError, TrainingDiverged, TrainingStopped
+from mmseg_volo.config import build_runner, run_tool
+from mmseg_volo.errors import CheckpointError, ProcessLost, SaveError, TrainingDiverged, TrainingStopped
 from mmseg_volo.hooks import NonFiniteGuardHook
-from mmseg_volo.resumable import Draw, ResumableSampler, SeededDataset
+from mmseg_volo.resumable import Draw, ResumableSampler, ResumableTrainLoop, SeededDataset
 
 
 class Cut(Exception):
@@ -66,7 +66,7 @@ def cut_and_resume(folder, name, *cuts, workers=0):
     ('cuts', 'workers'),
     [
         ([dict(after=5)], 2),
-        ([dict(after=4, in_validation=True)], 0),
+        pytest.param([dict(after=4, in_validation=True)], 0, marks=pytest.mark.slow),
         pytest.param([dict(after=8, in_validation=True)], 2, marks=pytest.mark.slow),
         pytest.param([dict(after=1), dict(after=2), dict(after=6)], 0, marks=pytest.mark.slow),
     ],
@@ -207,7 +207,7 @@ class SignalHook(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize(('after', 'in_validation'), [(3, False), (4, True)])
+@pytest.mark.parametrize(('after', 'in_validation'), [pytest.param(3, False, marks=pytest.mark.slow), (4, True)])
 def test_stopped_by_a_signal_and_resumed(whole, after, in_validation):
     name = f'signal{after}'
     handler = signal.getsignal(signal.SIGTERM)
@@ -237,3 +237,19 @@ def test_an_epoch_based_run_is_stopped_and_resumed(tmp_path):
     config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=2, val_interval=1)
     build_runner(config).train()
     assert {'epoch_1.pth', 'epoch_2.pth'} <= {path.name for path in (tmp_path / 'epochs').glob('*.pth')}
+
+
+def test_a_work_dir_that_cannot_be_written(tmp_path, capsys):
+    """One line, naming the place."""
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(SystemExit) as ended:
+        run_tool(lambda: build_runner(small_config(tmp_path, 'file/run')).train())
+    assert str(ended.value).startswith('error: ') and str(tmp_path / 'file') in str(ended.value)
+
+
+def test_a_killed_worker_is_explained(whole, monkeypatch):
+    runner = build_runner(small_config(whole, 'worker'))
+    killed = RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
+    monkeypatch.setattr(ResumableTrainLoop, 'run_iter', lambda self, batch: (_ for _ in ()).throw(killed))
+    with pytest.raises(ProcessLost, match=r'pid 7.*Out of memory.*num_workers.*--resume'):
+        runner.train()
