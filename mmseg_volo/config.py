@@ -1,12 +1,15 @@
 """From a config file and command-line options to a config that is ready to run."""
 
 import argparse
+import atexit
 import importlib.util
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed
 from mmengine.config import Config, DictAction
@@ -190,14 +193,28 @@ def run_tool(main: Callable[[], int | None]) -> None:
     os.environ.setdefault('LOCAL_RANK', '0')
     process = f' (process {os.environ["RANK"]})' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
     try:
-        status = main() or 0
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        sys.exit(status)
+        _leave(main() or 0)
     except TrainingStopped as stopped:
         print(f'{stopped}{process}', file=sys.stderr)
         if os.environ.get(STOPPED_NOTE):
             Path(os.environ[STOPPED_NOTE]).touch()
-        sys.exit(TrainingStopped.exit_code)
+        _leave(TrainingStopped.exit_code)
     except USER_ERRORS as error:
         sys.exit(f'error{process}: {error}')
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process; one of several on Gloo without taking itself apart.
+
+    Gloo's threads now and then abort a process in that ("terminate called without an active exception"), which would
+    turn a run that ended well into a failed one.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_backend() != 'gloo':
+        sys.exit(status)
+    if status == 0:  # with another all do not end at one moment
+        with suppress(RuntimeError):  # another process may have ended by an error
+            torch.distributed.barrier()
+    atexit._run_exitfuncs()  # logs and the like
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

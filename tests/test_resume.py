@@ -80,6 +80,7 @@ def test_resumed_run_is_the_uninterrupted_one(whole, cuts, workers):
     assert sorted(path.name for path in (whole / name).glob('iter_*')) == ['iter_6.pth', 'iter_8.pth']
 
 
+@pytest.mark.slow
 def test_no_replay(whole, monkeypatch):
     """Going on after 6 of 8 iterations reads the pictures of two."""
     folder = whole / 'replay'
