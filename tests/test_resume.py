@@ -221,6 +221,7 @@ def test_stopped_by_a_signal_and_resumed(whole, after, in_validation):
     assert differences(whole / 'whole/iter_8.pth', whole / name / 'iter_8.pth') == []
 
 
+@pytest.mark.slow
 def test_an_epoch_based_run_is_stopped_and_resumed(tmp_path):
     """mmengine's own loop and sampler: not exact, but nothing is lost."""
     options = dict(
