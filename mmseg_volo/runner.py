@@ -146,6 +146,11 @@ class VOLORunner(Runner):
             checkpoint = super().load_checkpoint(filename, map_location, strict, list(revise_keys))
         if self._resume:
             check_resumable(checkpoint, Path(filename))
+            before = checkpoint['meta'].get('world_size', self.world_size)
+            if before != self.world_size:
+                self.logger.warning(
+                    f'RESUME: saved by {before} processes, going on with {self.world_size}: other pictures from here on'
+                )
             if isinstance(self.model, VOLOFullyShardedDataParallel):
                 checkpoint['optimizer'] = share_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
         return checkpoint

@@ -177,7 +177,10 @@ class Writer:
 
         def rest():
             finish(part, path)
-            then()
+            try:
+                then()
+            except OSError as error:
+                raise _save_error(error.filename or path, error) from error
 
         self._running = self._pool.submit(rest)
 
@@ -222,7 +225,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _save_error(path: Path, error: Exception) -> SaveError:
+def _save_error(path: str | Path, error: Exception) -> SaveError:
     reason = getattr(error, 'strerror', None) or error
     return SaveError(
         f'{path}: the checkpoint could not be written ({reason}). The ones before it are intact: make room or put the '

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from evil import Evil
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
 from mmengine.runner import CheckpointLoader, load_checkpoint
@@ -196,14 +197,6 @@ def test_noise_is_no_checkpoint(tmp_path):
     (tmp_path / 'page.pth').write_text('<html>404 Not Found</html>')
     with pytest.raises(CheckpointError, match='the file is cut off or is no checkpoint'):
         load(tmp_path / 'page.pth')
-
-
-class Evil:
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Every entry takes what it can, and says in one sentence what is wrong with checkpoints, devices and pictures."""
 
 import copy
-import os
 import pickle
 import re
 import subprocess
@@ -15,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from evil import Evil
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import ExponentialMovingAverage
@@ -326,14 +326,6 @@ def test_our_init_model_leaves_the_config_alone(tmp_path):
     assert cfg.to_dict() == before and model.test_cfg.confidence and not model.training
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     assert inference_model(model, image).seg_confidence.shape == (64, 96)
-
-
-class Evil:
-    def __init__(self, trace: Path):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.fixture

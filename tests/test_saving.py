@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evil import Evil
 from torch import nn
 
 from mmseg_volo import saving
@@ -132,6 +133,14 @@ def test_writer_tells_of_its_failure_once(tmp_path, monkeypatch):
     assert settled == ['a'] and os.listdir(tmp_path) == ['a.pth']
 
 
+def test_what_comes_after_a_save_fails_as_a_save(tmp_path):
+    """The pointer to the checkpoint, and the removal of older ones, on a disk that has gone."""
+    writer = saving.Writer()
+    writer.save(checkpoint(), tmp_path / 'a.pth', lambda: saving.replace_text(tmp_path / 'gone/last_checkpoint', 'a'))
+    with pytest.raises(SaveError, match=r'gone/.*last_checkpoint.*No such file'):
+        writer.wait()
+
+
 def test_newest_is_by_what_the_files_say(tmp_path, caplog):
     work = tmp_path / 'work'
     work.mkdir()
@@ -155,16 +164,6 @@ def test_newest_is_by_what_the_files_say(tmp_path, caplog):
         (moved / f'iter_{step}.pth').unlink()
     with pytest.raises(CheckpointError, match=r'none of 3 .*iter_500.pth: was saved at iter 2, its name says 500'):
         newest_checkpoint([moved], LOGGER)
-
-
-class Evil:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def mutations(good: bytes, count: int, ran: Path):
