@@ -1,11 +1,7 @@
-"""Prediction on files: what ``tools/predict.py`` does, with mmseg's own model, pipeline and test-time augmentation."""
+"""A trained model that turns pictures into class maps, with mmseg's own model, pipeline and test-time augmentation."""
 
 import copy
-import glob
-import os
-import sys
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,15 +14,11 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmseg.registry import MODELS
 from torch import nn
-from tqdm import tqdm
 
 from .apis import init_model
 from .config import check_tta, set_inference_options
 from .data.image_files import read_header
-from .visualize import overlay
-
-_PREPARED_AHEAD = 2**22  # pixels
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
+from .segmentors import WindowNetwork
 
 
 class Prediction(NamedTuple):
@@ -64,17 +56,39 @@ class Predictor:
         **options: str | bool | int | None,
     ):
         config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
+        self._config = copy.deepcopy(config)
         set_inference_options(config, aug_test, **options)
-        self.model = init_model(config, checkpoint, device)
-        self.classes = self.model.dataset_meta['classes']
-        self.palette = self.model.dataset_meta['palette']
+        self._segmentor = init_model(config, checkpoint, device)
+        self.classes = self._segmentor.dataset_meta['classes']
+        self.palette = self._segmentor.dataset_meta['palette']
+        convolutions = (m for m in self._segmentor.modules() if isinstance(m, nn.Conv2d))
+        self._takes_colour = next(convolutions).in_channels == 3
+        self._use(config, aug_test)
+
+    def _use(self, config: Config, aug_test: bool) -> None:
+        self.model, self._test_cfg = self._segmentor, config.model.get('test_cfg')
         if aug_test:
             check_tta(config)
-            self.model = MODELS.build(dict(config.tta_model, module=self.model)).eval()
-        convolutions = (m for m in self.model.modules() if isinstance(m, nn.Conv2d))
-        self._takes_colour = next(convolutions).in_channels == 3
+            self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
         pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
         self.pipeline = Compose(_for_arrays(pipeline))
+
+    def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':
+        """A predictor with the weights of this one, held in memory once, and other options.
+
+        Not for use in one moment with this one, from another thread.
+
+        Args:
+            aug_test, options: as for the class, without ``allow_mismatch``.
+
+        Raises:
+            ConfigError: as for the class.
+        """
+        config = copy.deepcopy(self._config)
+        set_inference_options(config, aug_test, **options)
+        other = copy.copy(self)
+        other._use(config, aug_test)
+        return other
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Class ids (H, W), int64, of one picture as :meth:`prepare` takes it."""
@@ -100,8 +114,18 @@ class Predictor:
             ) from error
 
     @torch.no_grad()
-    def predict(self, data: dict) -> Prediction:
-        """Run the model on what :meth:`prepare` gave."""
+    def predict(self, data: dict, progress: Callable[[int, int], None] | None = None) -> Prediction:
+        """Run the model on what :meth:`prepare` gave.
+
+        Args:
+            data: of one picture.
+            progress: is called with the windows done and their number after each batch of them, by models of this
+                package; what it raises ends the prediction.
+        """
+        self._segmentor.test_cfg = self._test_cfg
+        network = getattr(self.model, 'network', None)
+        if isinstance(network, WindowNetwork):
+            network.progress = progress
         sample = self.model.test_step(data)[0]
         confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
         return Prediction(sample.pred_sem_seg.data[0].cpu().numpy(), confidence)
@@ -160,111 +184,13 @@ def as_bgr(image: np.ndarray) -> np.ndarray:
     return image[..., :3] if image.shape[2] == 4 else image
 
 
-def find_images(sources: Iterable[str]) -> dict[Path, Path]:
-    """The images that files, folders (with all below them) and glob patterns stand for.
-
-    Returns:
-        Path of each image, to the path below the output folder, without a suffix, that its results get: its name, or
-        for a folder its place in it. Where two images would meet there, their suffix becomes part of the name.
+def read_image(path: Path) -> np.ndarray:
+    """The picture in a file as the models take it: BGR (H, W, 3), uint8.
 
     Raises:
-        FileNotFoundError: a source that is not there, or has no image.
+        OSError: it cannot be read.
+        ValueError: it is no image, or broken.
     """
-    found: dict[Path, Path] = {}
-    for source in sources:
-        path = Path(source)
-        if path.is_file():
-            images = {path: Path(path.name)}
-        elif source and path.is_dir():  # an empty name, as an unset variable leaves it, is not the current folder
-            inside = sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            images = {p: p.relative_to(path) for p in inside}
-        else:
-            matches = sorted(Path(p) for p in glob.glob(source, recursive=True))
-            images = {p: Path(p.name) for p in matches if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()}
-        if not images:
-            kinds = ', '.join(IMAGE_SUFFIXES)
-            raise FileNotFoundError(
-                f'{source or "an empty name"}: no image found; expected a file, a folder or a pattern with {kinds}'
-            )
-        found.update(images)
-    plain = [place.with_suffix('') for place in found.values()]
-    targets = {
-        image: place.with_suffix('') if plain.count(place.with_suffix('')) == 1 else place
-        for image, place in found.items()
-    }
-    taken: dict[Path, Path] = {}
-    for image, target in targets.items():
-        if target in taken:
-            raise FileExistsError(
-                f'{taken[target]} and {image} have one name in the output folder ({target}); predict them apart'
-            )
-        taken[target] = image
-    return targets
-
-
-def predict_files(
-    predictor: Predictor, sources: Iterable[str], out_dir: str, with_overlay: bool = False
-) -> dict[Path, str]:
-    """Predict each image and save what was found; one that cannot be read or predicted is reported and skipped.
-
-    The next image is read and prepared while the model works on one.
-
-    Args:
-        predictor: the model.
-        sources: files, folders or glob patterns.
-        out_dir: gets ``NAME.png`` with class ids (8 bit, or 16 bit above 256 classes), with ``with_overlay``
-            ``NAME_overlay.png``, the picture with the classes' colours over it, and where the predictor was asked for
-            the confidence ``NAME_confidence.png``, from 0 to 255 for certain.
-
-    Returns:
-        The images that failed, each with the reason.
-    """
-    targets = find_images(sources)
-    dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
-    failed: dict[Path, str] = {}
-    # The bar goes to stderr as logs do, so that stdout can be piped.
-    bar = tqdm(total=len(targets), unit='image', file=sys.stderr)
-    for path, loaded in _loaded(predictor, list(targets)):
-        try:
-            image, data = loaded.result()
-            found = predictor.predict(predictor.prepare(image) if data is None else data)
-            target = Path(out_dir) / targets[path].parent / f'{targets[path].name}.png'
-            _write(target, found.classes.astype(dtype))
-            if found.confidence is not None:
-                grey = np.rint(found.confidence * 255).astype(np.uint8)
-                _write(target.with_name(f'{target.stem}_confidence.png'), grey)
-            if with_overlay:
-                _write(target.with_name(f'{target.stem}_overlay.png'), overlay(image, found.classes, predictor.palette))
-        except torch.cuda.OutOfMemoryError:
-            failed[path] = 'the GPU has not enough memory for it; try --device cpu'
-            torch.cuda.empty_cache()
-        except Exception as error:  # whatever is wrong with one picture, the others are still wanted
-            failed[path] = str(error) or type(error).__name__
-        if path in failed:
-            bar.write(f'skipped {path}: {failed[path]}', file=sys.stderr)
-        bar.update()
-    bar.close()
-    return failed
-
-
-def _loaded(predictor: Predictor, paths: list[Path]) -> Iterator[tuple[Path, Future]]:
-    """Each path with its picture and what the pipeline made of it, one ahead of the caller.
-
-    A large picture's views would take too much memory beside those of the one at work: it is only read.
-    """
-
-    def load(path: Path) -> tuple[np.ndarray, dict | None]:
-        image = _read(path)
-        return image, predictor.prepare(image) if image.shape[0] * image.shape[1] <= _PREPARED_AHEAD else None
-
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(load, paths[0])
-        for path, after in zip(paths, [*paths[1:], None], strict=True):
-            current, following = following, after and pool.submit(load, after)
-            yield path, current
-
-
-def _read(path: Path) -> np.ndarray:
     data = path.read_bytes()
     try:
         read_header(data)
@@ -278,14 +204,3 @@ def _read(path: Path) -> np.ndarray:
     if image is None:
         raise ValueError('it is no image, or broken')
     return as_bgr(image)
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    """Write a PNG under a temporary name and rename it: a run that is stopped leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        part.write_bytes(cv2.imencode('.png', picture)[1].tobytes())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

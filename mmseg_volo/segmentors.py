@@ -51,7 +51,7 @@ class StreamingEncoderDecoder(EncoderDecoder):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._network = WindowNetwork(self)
+        self.network = WindowNetwork(self)
 
     def to(self, *args, **kwargs) -> nn.Module:
         """As in mmengine, for devices that there are."""
@@ -91,7 +91,7 @@ class StreamingEncoderDecoder(EncoderDecoder):
         if data_samples is None:
             data_samples = [SegDataSample() for _ in inputs]
         views = [[_view(self, sample, image)] for image, sample in zip(inputs, data_samples, strict=True)]
-        for sample, result in zip(data_samples, _results(self, self._network, views), strict=True):
+        for sample, result in zip(data_samples, _results(self, self.network, views), strict=True):
             sample.set_data(result)
         return data_samples
 
@@ -106,8 +106,8 @@ class StreamingEncoderDecoder(EncoderDecoder):
     def _logits(self, inputs: Tensor) -> Tensor:
         views = [[_view(self, SegDataSample(), image)] for image in inputs]
         logits = inputs.new_empty(len(inputs), self.out_channels, *inputs.shape[2:])
-        with self._network.running():
-            for n, along, across, tiles in self._network.stream(views):
+        with self.network.running():
+            for n, along, across, tiles in self.network.stream(views):
                 target = logits[n].mT if views[n][0].turned else logits[n]
                 target[:, along, across] = next(tiles).transpose(0, 1)
         return logits
@@ -147,7 +147,7 @@ class StreamingTTAModel(SegTTAModel):
                 f'{self.module.decode_head.threshold}; tta_model=dict(sigmoid_twice=False) averages the probabilities',
                 stacklevel=2,
             )
-        self._network = WindowNetwork(self.module)
+        self.network = WindowNetwork(self.module)
 
     @torch.no_grad()
     def test_step(self, data: dict) -> SampleList:
@@ -166,7 +166,7 @@ class StreamingTTAModel(SegTTAModel):
             for n, view in enumerate(self._views(inputs, samples)):
                 views[n].append(view)
         samples = data['data_samples'][0]
-        results = _results(self.module, self._network, views, average=True, sigmoid_twice=self.sigmoid_twice)
+        results = _results(self.module, self.network, views, average=True, sigmoid_twice=self.sigmoid_twice)
         for sample, result in zip(samples, results, strict=True):
             sample.set_data(result)
         return samples
@@ -189,6 +189,9 @@ class WindowNetwork:
 
     def __init__(self, segmentor: EncoderDecoder):
         self.segmentor = segmentor
+        # Called with the windows done and their number, after each batch.
+        self.progress: Callable[[int, int], None] | None = None
+        self._done, self._all = 0, 0
         self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape
         self._compiled: Callable | None = None
         # Heads that resize their logits in mmseg's way are asked for them before that, so that it can be folded into
@@ -207,6 +210,8 @@ class WindowNetwork:
 
     def stream(self, pictures: list[list[View]]):
         """See :func:`mmseg_volo.streaming.stream`."""
+        self._done = 0
+        self._all = sum(len(view.along.starts) * len(view.across.starts) for views in pictures for view in views)
         return stream(pictures, self._encode, self.segmentor.out_channels, self.device)
 
     @contextmanager
@@ -251,6 +256,9 @@ class WindowNetwork:
                     continue
                 for (view, i, j), of_window in zip(batch, logits, strict=True):
                     view.put(i, j, of_window)
+                self._done += len(batch)
+                if self.progress:
+                    self.progress(self._done, self._all)
 
     def _batch(self, shape: tuple[int, int]) -> int:
         size = self.segmentor.test_cfg.get('window_batch')

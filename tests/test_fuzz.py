@@ -14,7 +14,8 @@ from mmengine.config import Config
 from PIL import Image
 from test_entries import config, saved
 
-from mmseg_volo.inference import Predictor, predict_files
+from mmseg_volo.folders import predict_files
+from mmseg_volo.inference import Predictor
 
 ROOT = Path(__file__).resolve().parents[1]
 HEIGHT, WIDTH = 48, 72

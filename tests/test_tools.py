@@ -16,7 +16,8 @@ from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result
 
 from mmseg_volo.checkpoint import load_from_local
 from mmseg_volo.config import ConfigError
-from mmseg_volo.inference import Predictor, find_images
+from mmseg_volo.folders import find_images
+from mmseg_volo.inference import Predictor
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = f"""

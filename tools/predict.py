@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from mmseg_volo.config import add_inference_arguments, load_config, run_tool
-from mmseg_volo.inference import Predictor, predict_files
+from mmseg_volo.folders import predict_files
+from mmseg_volo.inference import Predictor
 
 
 def main() -> int:

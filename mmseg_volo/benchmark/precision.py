@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 
 from ..config import load_config
-from ..inference import Predictor, find_images
+from ..folders import find_images
+from ..inference import Predictor
 from ..segmentors import PRECISIONS
 from .measuring import timed
 from .reporting import Spread, figure, print_table, progress, times_faster, write_csv

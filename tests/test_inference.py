@@ -1,0 +1,60 @@
+"""One set of weights with several options, and the progress of a prediction."""
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from small_runs import write_config
+
+from mmseg_volo.apis import init_model
+from mmseg_volo.config import ConfigError
+from mmseg_volo.inference import Predictor
+
+OPTIONS = [dict(), dict(aug_test=True), dict(precision='bf16', confidence=True), dict(aug_test=True, precision='bf16')]
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """(config, checkpoint) of an untrained model that predicts in windows."""
+    folder = tmp_path_factory.mktemp('inference')
+    config = Config.fromfile(write_config(folder))
+    config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
+    model = init_model(config, device='cpu')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=model.dataset_meta)), folder / 'small.pth')
+    return config, str(folder / 'small.pth')
+
+
+def test_options_share_the_weights_and_predict_as_predictors_of_their_own(small):
+    picture = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
+    first = Predictor(*small, 'cpu')
+    shared = [first.with_options(**options) for options in OPTIONS]
+    for options, predictor in [*zip(OPTIONS, shared, strict=True)] * 2:  # in turns: none leaves its options behind
+        own = Predictor(*small, 'cpu', **options)
+        found, expected = (p.predict(p.prepare(picture)) for p in (predictor, own))
+        np.testing.assert_array_equal(found.classes, expected.classes)
+        assert (found.confidence is None) == ('confidence' not in options)
+    weights = {p.data_ptr() for p in first.model.parameters()}
+    assert all({p.data_ptr() for p in predictor.model.parameters()} == weights for predictor in shared)
+    with pytest.raises(ConfigError, match='window_batch must be 1 or more'):
+        first.with_options(window_batch=0)
+
+
+@pytest.mark.parametrize('aug_test', [False, True])
+def test_progress_counts_windows_and_may_end_the_prediction(small, aug_test):
+    predictor = Predictor(*small, 'cpu', aug_test, window_batch=2)
+    data = predictor.prepare(np.zeros((80, 150, 3), np.uint8))
+    seen = []
+    predictor.predict(data, lambda done, total: seen.append((done, total)))
+    totals = {total for _, total in seen}
+    assert (
+        len(totals) == 1
+        and seen[-1][0] == totals.pop() > 4
+        and [done for done, _ in seen] == sorted({done for done, _ in seen})
+    )
+
+    def stop(done, total):
+        raise InterruptedError('stop')
+
+    with pytest.raises(InterruptedError):
+        predictor.predict(data, stop)
+    predictor.predict(data)  # without one
