@@ -23,6 +23,10 @@ class SaveError(RuntimeError):
     """A checkpoint could not be written; the message names the file, the reason and what is left intact."""
 
 
+class ExportError(RuntimeError):
+    """An exported file is not sound, or does not do what the model does; it was not kept."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is not finite, and does not become so again."""
 
@@ -42,6 +46,7 @@ USER_ERRORS = (
     ConfigError,
     DataError,
     SaveError,
+    ExportError,
     TrainingDiverged,
     ProcessLost,
     OSError,  # the system's own words name the file and the reason

@@ -194,15 +194,9 @@ class WindowNetwork:
         self._done, self._all = 0, 0
         self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape
         self._compiled: Callable | None = None
-        # Heads that resize their logits in mmseg's way are asked for them before that, so that it can be folded into
-        # what follows. Others, and cascades, give what they give.
-        head = segmentor.decode_head
-        self._plain = (
-            type(segmentor).encode_decode is EncoderDecoder.encode_decode
-            and isinstance(head, BaseDecodeHead)
-            and type(head).predict is BaseDecodeHead.predict
-            and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
-        )
+        # Plain heads are asked for their logits before the resize, so that it can be folded into what follows. Others,
+        # and cascades, give what they give.
+        self._plain = has_plain_head(segmentor)
 
     @property
     def device(self) -> torch.device:
@@ -280,6 +274,17 @@ class WindowNetwork:
         shape = windows.shape[2:]
         meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
         return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
+
+
+def has_plain_head(segmentor: EncoderDecoder) -> bool:
+    """Whether its logits are those of one decode head, resized in mmseg's way."""
+    head = segmentor.decode_head
+    return (
+        type(segmentor).encode_decode is EncoderDecoder.encode_decode
+        and isinstance(head, BaseDecodeHead)
+        and type(head).predict is BaseDecodeHead.predict
+        and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
+    )
 
 
 def check_device(device: object) -> None:

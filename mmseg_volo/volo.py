@@ -65,6 +65,7 @@ class OutlookAttention(nn.Module):
         super().__init__()
         self.heads, self.kernel_size, self.stride, self.padding = heads, kernel_size, stride, padding
         self.scale = (dim // heads) ** -0.5
+        self.impl = 'auto'
         self.v = Linear(dim, dim, bias=False)
         self.attn = Linear(dim, kernel_size**4 * heads)
         self.proj = Linear(dim, dim)
@@ -80,6 +81,7 @@ class OutlookAttention(nn.Module):
             kernel_size=self.kernel_size,
             stride=self.stride,
             padding=self.padding,
+            impl=self.impl,
         )
         return self.proj(x)
 
@@ -283,7 +285,8 @@ class VOLO(BaseModule):
         H, W = x.shape[-2:]
         if min(H, W) < 32:
             raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
-        if H % STRIDE or W % STRIDE:
+        padded = H % STRIDE or W % STRIDE
+        if padded:
             x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
         x = self.patch_embed(x)
         outs = []
@@ -295,9 +298,10 @@ class VOLO(BaseModule):
             for block in self._stage(i):
                 x = self._run(block, x)
             if i in self.out_indices:
-                # Rows and columns that hold nothing but padding are not part of the map.
-                stride = STRIDE if i else PATCH
-                out = x[:, : -(-H // stride), : -(-W // stride)]
+                out = x
+                if padded:  # rows and columns that hold nothing but padding are not part of the map
+                    stride = STRIDE if i else PATCH
+                    out = x[:, : -(-H // stride), : -(-W // stride)]
                 if self.out_norm:
                     out = getattr(self, self._norm_name(i))(out)
                 outs.append(out.permute(0, 3, 1, 2))

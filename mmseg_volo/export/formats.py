@@ -1,0 +1,186 @@
+"""Exported files: how they are written, what they say of themselves, and how they are run."""
+
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from ..errors import CheckpointError, ConfigError
+from .network import COARSE, ExportNetwork
+
+FORMATS = {'onnx': '.onnx', 'pt2': '.pt2'}
+OPSET = 17
+STEP = 16  # sides of dynamic inputs are multiples of this
+_LARGEST = 1024  # of STEP
+_KEY = 'mmseg_volo'
+_DEFAULTS_OF_18 = {'Resize': {'antialias': 0, 'keep_aspect_ratio_policy': b'stretch'}}
+
+Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def trace(network: ExportNetwork, size: tuple[int, int], dynamic: bool) -> torch.export.ExportedProgram:
+    """The network as one graph.
+
+    Args:
+        size: (height, width) of the input; an example where ``dynamic``, two different multiples of :data:`STEP`.
+        dynamic: height and width stay open, as the batch always does.
+    """
+    # Sizes of 0 and 1 would be taken for constants.
+    shape = (2, *size, 3) if network.preprocess else (2, 3, *size)
+    image = torch.zeros(shape, dtype=torch.uint8 if network.preprocess else torch.float32)
+    axes = {0: Dim('batch', min=1, max=4096)}
+    if dynamic:
+        first = 1 if network.preprocess else 2
+        axes[first], axes[first + 1] = (STEP * Dim(name, min=2, max=_LARGEST) for name in ('height_16', 'width_16'))
+    with torch.no_grad(), _quiet():
+        return torch.export.export(network, (image,), dynamic_shapes=dict(image=axes), strict=False)
+
+
+def write_onnx(program: torch.export.ExportedProgram, network: ExportNetwork, about: dict, path: Path) -> None:
+    """Write an ONNX file of opset 17, weights included.
+
+    Raises:
+        ConfigError: onnx is not installed, or the model is too large for one file.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter is made of it)
+    except ImportError as error:
+        raise ConfigError(f'ONNX needs the package {error.name}: pip install "mmseg_volo[export]"') from error
+    with torch.no_grad(), _quiet():
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=18,
+            input_names=['image'],
+            output_names=[network.output, COARSE],
+            verbose=False,
+        )
+    model = made.model_proto
+    # torch writes 18 at least. From 17 to 18 the operators of this network only gained inputs and attributes, and what
+    # is here has their old meaning: onnx.checker holds every node against the definitions of 17.
+    for opset in model.opset_import:
+        if opset.domain in ('', 'ai.onnx'):
+            opset.version = OPSET
+    for node in model.graph.node:
+        known = _DEFAULTS_OF_18.get(node.op_type, {})
+        new = [a for a in node.attribute if a.name in known and onnx.helper.get_attribute_value(a) == known[a.name]]
+        for attribute in new:
+            node.attribute.remove(attribute)
+    _name_axes(model, network.preprocess)
+    model.ir_version = min(model.ir_version, 8)  # of opset 17
+    model.metadata_props.add(key=_KEY, value=json.dumps(about))
+    model.producer_name, model.producer_version = 'mmseg_volo', about['mmseg_volo']
+    if model.ByteSize() >= 2**31:
+        raise ConfigError(f'the model takes {model.ByteSize() / 2**30:.1f} GiB, one ONNX file 2 at most; take fp16')
+    onnx.save(model, str(path))
+
+
+def _name_axes(model: Any, channels_last: bool) -> None:
+    """Open axes by their names, where torch counts them."""
+    del model.graph.value_info[:]  # onnx.shape_inference finds these again
+    for value in [*model.graph.input, *model.graph.output]:
+        names = ['batch', None, 'height', 'width']
+        if value.name == 'image' and channels_last:
+            names = ['batch', 'height', 'width', None]
+        elif value.name == 'classes':
+            names = ['batch', 'height', 'width']
+        elif value.name == COARSE:
+            names = ['batch', None, 'coarse_height', 'coarse_width']
+        for axis, name in zip(value.type.tensor_type.shape.dim, names, strict=True):
+            if axis.dim_param:
+                axis.dim_param = name
+
+
+def write_pt2(program: torch.export.ExportedProgram, about: dict, path: Path) -> None:
+    """Write a file for :func:`torch.export.load`."""
+    with path.open('wb') as file:
+        torch.export.save(program, file, extra_files={f'{_KEY}.json': json.dumps(about)})
+
+
+def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[Run, dict]:
+    """An ONNX file, ready to run: a function from an input to its two outputs, and what the file says of itself.
+
+    Args:
+        path: written by ``tools/export.py``.
+        device: 'cpu', 'cuda', 'cuda:1', ...; the latter need onnxruntime-gpu.
+        threads: for each picture; by default as many as PyTorch has.
+
+    Raises:
+        ConfigError: onnxruntime is not installed, or not for this device.
+        CheckpointError: another file.
+        FileNotFoundError: no file.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError('ONNX needs the package onnxruntime: pip install "mmseg_volo[export]"') from error
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'{path} does not exist')
+    device = torch.device(device)
+    provider = 'CUDAExecutionProvider' if device.type == 'cuda' else 'CPUExecutionProvider'
+    if provider not in onnxruntime.get_available_providers():
+        raise ConfigError(f'onnxruntime here has no {provider}: pip install onnxruntime-gpu, or take --device cpu')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    providers = [(provider, {'device_id': device.index or 0})] if device.type == 'cuda' else [provider]
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime has a class of its own for each reason
+        raise CheckpointError(f'{path} is no ONNX file, or broken: {str(error).splitlines()[0]}') from error
+    text = session.get_modelmeta().custom_metadata_map.get(_KEY)
+    if text is None:
+        raise CheckpointError(f'{path} was not written by tools/export.py: it does not say what classes it has')
+    about = json.loads(text)
+    names = [about['output'], COARSE]
+
+    def run(image: np.ndarray, names: list[str] = names) -> list[np.ndarray]:
+        return session.run(names, {'image': image})
+
+    return run, about
+
+
+def open_pt2(path: str | Path) -> tuple[Run, dict]:
+    """As :func:`open_onnx`, for files of :func:`write_pt2` on a CPU.
+
+    Raises:
+        CheckpointError: another file.
+    """
+    extra = {f'{_KEY}.json': ''}
+    try:
+        program = torch.export.load(str(path), extra_files=extra)
+    except Exception as error:
+        raise CheckpointError(f'{path} is no file of torch.export, or broken: {error}') from error
+    module = program.module()
+
+    @torch.no_grad()
+    def run(image: np.ndarray) -> list[np.ndarray]:
+        outputs: tuple[Tensor, ...] = module(torch.from_numpy(image))
+        return [output.numpy() for output in outputs]
+
+    return run, json.loads(extra[f'{_KEY}.json'])
+
+
+@contextmanager
+def _quiet():
+    """Without the exporters' remarks on what they do, of which none is for the user."""
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,147 @@
+"""The network as exporters can read it: VOLO and UPerHead of any size from plain operators, with the same weights."""
+
+import copy
+
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.config import Config
+from mmseg.models import EncoderDecoder
+from mmseg.models.decode_heads import UPerHead
+from mmseg.models.utils import resize
+from mmseg.registry import MODELS
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..volo import VOLO, OutlookAttention
+
+OUTPUTS = 'logits', 'classes'
+COARSE = 'coarse_logits'
+
+
+@MODELS.register_module()
+class ExportVOLO(VOLO):
+    """:class:`VOLO` from plain operators, its position embedding resized by two products of matrices.
+
+    ONNX has bicubic Resize, but TensorRT does not read it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, OutlookAttention):
+                module.impl = 'slices'  # PyTorch 2.6 does not tell that it exports
+
+    def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
+        pos_embed = self.pos_embed
+        if all(isinstance(n, int) for n in grid) and tuple(pos_embed.shape[1:3]) == tuple(grid):
+            return pos_embed  # a comparison with an open size would close it
+        rows, columns = (_cubic(n, out) for n, out in zip(pos_embed.shape[1:3], grid, strict=True))
+        resized = rows @ (columns @ pos_embed.float()).transpose(1, 2)  # 1, columns, rows, C
+        return resized.transpose(1, 2).to(pos_embed.dtype)
+
+
+@MODELS.register_module()
+class ExportUPerHead(UPerHead):
+    """:class:`UPerHead` whose pyramid is pooled by products of matrices, on maps of any size.
+
+    ONNX has no adaptive pooling.
+    """
+
+    def psp_forward(self, inputs: list[Tensor]) -> Tensor:
+        """The pyramid pooling module: as in UPerHead."""
+        finest = inputs[-1]
+        maps = [finest]
+        for scale, module in zip(self.psp_modules.pool_scales, self.psp_modules, strict=True):
+            rows, columns = (_pool(n, scale).to(finest.dtype) for n in finest.shape[2:])
+            pooled = rows @ finest @ columns.T
+            for layer in list(module)[1:]:  # what follows the pool
+                pooled = layer(pooled)
+            maps.append(resize(pooled, finest.shape[2:], mode='bilinear', align_corners=self.align_corners))
+        return self.bottleneck(torch.cat(maps, 1))
+
+
+def _pool(size: int, out: int) -> Tensor:
+    """(out, size): adaptive average pooling of a line, as ``F.adaptive_avg_pool1d`` defines it."""
+    place = torch.arange(size).float()
+    # Whole numbers up to 2^24 are exact, and no quotient comes nearer to the next one than 1/out.
+    edges = torch.arange(out + 1).float() * size / out
+    first, last = edges[:-1].floor()[:, None], edges[1:].ceil()[:, None]
+    return (torch.minimum(place + 1, last) - torch.maximum(place, first)).clamp(0, 1) / (last - first)
+
+
+def _cubic(size: int, out: int) -> Tensor:
+    """(out, size): bicubic resizing of a line, as ``F.interpolate`` defines it (a = -0.75, borders repeated)."""
+    position = (torch.arange(out).float() + 0.5) * (size / out) - 0.5
+    places = position.floor()[:, None] + torch.arange(-1, 3).float()  # (out, 4)
+    t = (position[:, None] - places).abs()
+    near = (1.25 * t - 2.25) * t * t + 1
+    far = ((-0.75 * t + 3.75) * t - 6) * t + 3
+    weight = torch.where(t <= 1, near, far)
+    distance = places.clamp(0, size - 1)[:, :, None] - torch.arange(size).float()  # (out, 4, size)
+    return (weight[:, :, None] * (1 - distance.abs()).clamp(0, 1)).sum(1)
+
+
+def exportable(config: Config) -> Config:
+    """The config of a segmentor with the same weights, made of what exporters can read.
+
+    Raises:
+        ConfigError: the model is no EncoderDecoder.
+    """
+    config = copy.deepcopy(config)
+    model = config.model
+    kind = MODELS.get(model.type) if isinstance(model.type, str) else model.type
+    if kind is None or not issubclass(kind, EncoderDecoder) or 'Cascade' in kind.__name__:
+        raise ConfigError(
+            f'model.type {model.type} cannot be exported: expected an EncoderDecoder with one decode head'
+        )
+    model.auxiliary_head = None
+    if model.backbone.type == 'VOLO':
+        model.backbone.type = 'ExportVOLO'
+    if model.decode_head.type in ('LeanUPerHead', 'UPerHead'):
+        model.decode_head.type = 'ExportUPerHead'
+    return config
+
+
+class ExportNetwork(nn.Module):
+    """What an exported file computes.
+
+    Takes prepared pictures (B, 3, H, W), float32; with ``preprocess`` pictures as OpenCV reads them, (B, H, W, 3), BGR,
+    uint8. Returns what the file is for, and beside it the decode head's own logits (B, C, h, w), float32, from which
+    windows and test views are put together:
+
+    - ``'logits'``: (B, C, H, W), float32;
+    - ``'classes'``: (B, H, W), int32.
+
+    Args:
+        segmentor: made by :func:`exportable`.
+        output: 'logits' or 'classes'.
+        preprocess: normalise inside.
+        half: compute in float16.
+    """
+
+    def __init__(self, segmentor: EncoderDecoder, output: str, preprocess: bool, half: bool):
+        super().__init__()
+        pre = segmentor.data_preprocessor
+        self.output, self.preprocess = output, preprocess
+        self.align_corners = bool(segmentor.align_corners)
+        self.threshold = segmentor.decode_head.threshold
+        self.swap = bool(pre.channel_conversion if hasattr(pre, 'channel_conversion') else pre._channel_conversion)
+        self.register_buffer('mean', pre.mean.detach().clone(), persistent=False)
+        self.register_buffer('std', pre.std.detach().clone(), persistent=False)
+        self.dtype = torch.float16 if half else torch.float32
+        self.segmentor = fuse_conv_bn(segmentor).to(self.dtype)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        if self.preprocess:
+            image = image.float().permute(0, 3, 1, 2)
+            if self.swap:
+                image = torch.cat((image[:, 2:3], image[:, 1:2], image[:, 0:1]), 1)
+            image = (image - self.mean) / self.std
+        coarse = self.segmentor.decode_head(self.segmentor.extract_feat(image.to(self.dtype))).float()
+        size = image.shape[2:]
+        logits = resize(coarse, size, mode='bilinear', align_corners=self.align_corners)
+        if self.output == 'logits':
+            return logits, coarse
+        if logits.shape[1] == 1:
+            return (logits[:, 0].sigmoid() > self.threshold).to(torch.int32), coarse
+        return logits.argmax(1).to(torch.int32), coarse

@@ -1,0 +1,52 @@
+"""Export a model: tools/export.py CONFIG CHECKPOINT --format onnx|pt2 --out FILE [--size H W | --dynamic]."""
+
+import argparse
+
+from mmseg_volo.config import load_config, run_tool
+from mmseg_volo.export import FORMATS, OUTPUTS, export_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Export a model and compare the file with PyTorch on real pictures.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--format', choices=list(FORMATS), default='onnx', help='onnx: opset 17; pt2: torch.export')
+    parser.add_argument('--out', required=True, metavar='FILE', help='ends with .onnx or .pt2')
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument(
+        '--size',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help="of the pictures; default: the config's test windows, or its training crops",
+    )
+    shape.add_argument('--dynamic', action='store_true', help='any height and width that are multiples of 16')
+    parser.add_argument('--precision', choices=['fp32', 'fp16'], default='fp32', help='of weights and arithmetic')
+    parser.add_argument(
+        '--with-preprocess', action='store_true', help='take pictures (B, H, W, 3), BGR, uint8, as OpenCV reads them'
+    )
+    parser.add_argument('--output', choices=OUTPUTS, default='logits', help='(B, C, H, W) or class ids (B, H, W)')
+    parser.add_argument(
+        '--pictures', nargs='+', default=[], metavar='P', help="to compare on; default: the config's test data"
+    )
+    parser.add_argument(
+        '--allow-mismatch', action='store_true', help='take a checkpoint of another model or other classes as it fits'
+    )
+    args = parser.parse_args()
+    export_model(
+        load_config(args.config),
+        args.checkpoint,
+        args.out,
+        args.format,
+        tuple(args.size) if args.size else None,
+        args.dynamic,
+        args.precision,
+        args.with_preprocess,
+        args.output,
+        args.pictures,
+        args.allow_mismatch,
+    )
+
+
+if __name__ == '__main__':
+    run_tool(main)
