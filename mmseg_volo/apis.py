@@ -13,7 +13,8 @@ from mmengine.runner import load_checkpoint
 from mmseg.registry import DATASETS
 from torch import nn
 
-from .matching import allows_mismatch, check_classes, check_weights, dataset_meta_of, source_of
+from .export.running import OnnxNetwork, is_onnx, with_onnx
+from .matching import allows_mismatch, check_class_names, check_classes, check_weights, dataset_meta_of, source_of
 from .segmentors import check_device
 
 
@@ -31,7 +32,8 @@ def init_model(
 
     Args:
         config: config file or object.
-        checkpoint: path or URL; without one the weights are random.
+        checkpoint: path or URL; without one the weights are random. An ``.onnx`` file of ``tools/export.py`` stands for
+            the whole network.
         device: 'cpu', 'cuda', 'cuda:1', ...
         cfg_options: overrides of the config, as ``dict(model=dict(test_cfg=dict(allow_mismatch=True)))``.
 
@@ -46,10 +48,16 @@ def init_model(
     device = device or get_device()
     check_device(device)
     config = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
-    model = mmseg.apis.init_model(config, device='cpu', cfg_options=cfg_options)
+    if cfg_options:
+        config.merge_from_dict(cfg_options)
+    if is_onnx(checkpoint):
+        config, checkpoint = exported_config(config, checkpoint, device), None
+    model = mmseg.apis.init_model(config, device='cpu')
     init_default_scope(config.get('default_scope', 'mmseg'))
     known = dataset_meta(config)
     given = {}
+    if isinstance(model.backbone, OnnxNetwork):
+        given = model.backbone.about
     if checkpoint is not None:
         content = load_checkpoint(model, str(checkpoint), map_location='cpu')
         # Models of this package have checked it on loading; to others it is new.
@@ -59,6 +67,26 @@ def init_model(
         given = dataset_meta_of(content)
     model.dataset_meta = _complete(given, known, model.decode_head.num_classes)
     return model.to(device).eval()
+
+
+def exported_config(config: Config, path: str, device: str, allow_mismatch: bool = False) -> Config:
+    """A config with an exported file in the place of its model's network, after comparing their classes.
+
+    Args:
+        config: it is not changed.
+        path: an ``.onnx`` file of ``tools/export.py``.
+        device: where it runs.
+        allow_mismatch: take other classes than the data set's; as ``model.test_cfg.allow_mismatch``.
+
+    Raises:
+        CheckpointError: the names of the classes differ.
+        CheckpointError, ConfigError, FileNotFoundError: see :func:`~mmseg_volo.export.running.with_onnx`.
+    """
+    config, about = with_onnx(config, path, device)
+    known = dataset_meta(config).get('classes')
+    if known and not allow_mismatch and not (config.model.test_cfg or {}).get('allow_mismatch'):
+        check_class_names(about['classes'], known, path)
+    return config
 
 
 def dataset_meta(config: Config) -> dict:

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
 from .errors import STOPPED_NOTE, USER_ERRORS, ConfigError, TrainingStopped
+from .export.running import SETTLED
 from .segmentors import PRECISIONS
 
 # What the visualizer's backends need, which mmengine asks for only when it first writes to one.
@@ -118,6 +119,10 @@ def set_inference_options(
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
     if not asked:
         return
+    if config.model.backbone.type == 'OnnxNetwork' and (settled := [name for name in asked if name in SETTLED]):
+        raise ConfigError(
+            f'{", ".join(settled)}: settled when the ONNX file was exported; leave it out, or give the .pth checkpoint'
+        )
     needed, given = 'StreamingEncoderDecoder', config.model.type
     if aug_test:
         needed, given = 'StreamingTTAModel', config.get('tta_model', {}).get('type')

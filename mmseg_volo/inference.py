@@ -12,12 +12,14 @@ import torch
 from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
 from mmseg.registry import MODELS
 from torch import nn
 
-from .apis import init_model
+from .apis import exported_config, init_model
 from .config import check_tta, set_inference_options
 from .data.image_files import read_header
+from .export.running import is_onnx
 from .segmentors import WindowNetwork
 
 
@@ -33,7 +35,8 @@ class Predictor:
 
     Args:
         config: config file or object; it is not changed.
-        checkpoint: its checkpoint.
+        checkpoint: its checkpoint, or an ``.onnx`` file of ``tools/export.py``, which has settled ``precision``,
+            ``compile`` and ``channels_last``.
         device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
         aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
         options: precision, compile, channels_last, window_batch, confidence, allow_mismatch: see
@@ -56,13 +59,16 @@ class Predictor:
         **options: str | bool | int | None,
     ):
         config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
+        if is_onnx(checkpoint):
+            allowed = bool(options.get('allow_mismatch'))
+            config, checkpoint = exported_config(config, checkpoint, device or get_device(), allowed), None
         self._config = copy.deepcopy(config)
         set_inference_options(config, aug_test, **options)
         self._segmentor = init_model(config, checkpoint, device)
         self.classes = self._segmentor.dataset_meta['classes']
         self.palette = self._segmentor.dataset_meta['palette']
-        convolutions = (m for m in self._segmentor.modules() if isinstance(m, nn.Conv2d))
-        self._takes_colour = next(convolutions).in_channels == 3
+        convolutions = (m for m in self._segmentor.backbone.modules() if isinstance(m, nn.Conv2d))
+        self._takes_colour = next((m.in_channels for m in convolutions), 3) == 3
         self._use(config, aug_test)
 
     def _use(self, config: Config, aug_test: bool) -> None:

@@ -120,8 +120,16 @@ def check_classes(content: dict, expected: Sequence[str] | None) -> None:
         CheckpointError: the names differ.
     """
     given = dataset_meta_of(content).get('classes')
-    if not given or not expected:
-        return
+    if given and expected:
+        check_class_names(given, expected, source_of(content.get('state_dict', {})))
+
+
+def check_class_names(given: Sequence[str], expected: Sequence[str], source: str) -> None:
+    """Refuse classes of a file that are not those of the data set.
+
+    Raises:
+        CheckpointError: the names differ.
+    """
     given, expected = [str(name) for name in given], [str(name) for name in expected]
     other = [i for i, (a, b) in enumerate(zip(given, expected, strict=False)) if a.casefold() != b.casefold()]
     if len(given) == len(expected) and not other:
@@ -131,7 +139,7 @@ def check_classes(content: dict, expected: Sequence[str] | None) -> None:
     else:
         i = other[0]
         what = f'other classes than the data set: {len(other)} of {len(given)}, as {given[i]!r} for {expected[i]!r}'
-    raise CheckpointError(f'{source_of(content.get("state_dict", {}))}: has {what}. {_WAY_ON}.')
+    raise CheckpointError(f'{source}: has {what}. {_WAY_ON}.')
 
 
 @HOOKS.register_module()

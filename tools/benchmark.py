@@ -128,7 +128,16 @@ def scaling(args: argparse.Namespace) -> Callable[[dict], None]:
 
 
 def precision(args: argparse.Namespace) -> Callable[[dict], None]:
-    measured = args.config, args.checkpoint, args.source, args.options, args.rounds, args.aug_test, args.limit
+    measured = (
+        args.config,
+        args.checkpoint,
+        args.source,
+        args.options,
+        args.onnx,
+        args.rounds,
+        args.aug_test,
+        args.limit,
+    )
     return lambda found: benchmark.measure_precision(*measured, Path(args.out), found)
 
 
@@ -195,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('source', nargs='+', help='images, folders or quoted glob patterns')
     plain = [name for name in OPTIONS if name != 'compile']
     sub.add_argument('--options', nargs='+', choices=list(OPTIONS), default=plain, help='default: all but compile')
+    sub.add_argument('--onnx', nargs='+', default=[], metavar='FILE', help='the model as exported by tools/export.py')
     sub.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
     sub.add_argument('--limit', type=COUNT, default=10, metavar='N', help='pictures at most; default %(default)s')
     sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')

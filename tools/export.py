@@ -3,7 +3,9 @@
 import argparse
 
 from mmseg_volo.config import load_config, run_tool
-from mmseg_volo.export import FORMATS, OUTPUTS, export_model
+from mmseg_volo.export.exporting import export_model
+from mmseg_volo.export.formats import FORMATS
+from mmseg_volo.export.network import OUTPUTS
 
 
 def main() -> None:

@@ -2,6 +2,9 @@
 
 import argparse
 
+from mmengine.device import get_device
+
+from mmseg_volo.apis import exported_config
 from mmseg_volo.config import (
     add_common_arguments,
     add_inference_arguments,
@@ -11,12 +14,13 @@ from mmseg_volo.config import (
     set_inference_options,
     use_tta,
 )
+from mmseg_volo.export.running import is_onnx
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description='Test a checkpoint and print the IoU table.')
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('checkpoint', help='checkpoint file, or an ONNX file of tools/export.py')
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
     parser.add_argument('--out', metavar='DIR', help='save predictions there as index PNGs')
     parser.add_argument('--show-dir', metavar='DIR', help='save painted pictures there, truth left, prediction right')
@@ -25,7 +29,10 @@ def main() -> None:
     args = parser.parse_args()
 
     config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
-    config.load_from = args.checkpoint
+    if is_onnx(args.checkpoint):
+        config = exported_config(config, args.checkpoint, get_device(), args.allow_mismatch)
+    else:
+        config.load_from = args.checkpoint
     set_inference_options(
         config,
         args.aug_test,

@@ -25,13 +25,14 @@ def measure_precision(
     checkpoint: str,
     sources: Sequence[str],
     options: Sequence[str],
+    files: Sequence[str],
     rounds: int,
     aug_test: bool,
     limit: int,
     out: Path,
     environment: dict,
 ) -> None:
-    """Time and predictions with each of :data:`OPTIONS`, against fp32.
+    """Time and predictions with each of :data:`OPTIONS`, and with exported ``files`` of the model, against fp32.
 
     An option that PyTorch cannot run on this device is reported and left out.
 
@@ -42,6 +43,8 @@ def measure_precision(
     pictures = _read_pictures(sources, limit)
     device = environment['device']
     predictors = _predictors(config, checkpoint, options, aug_test, device, pictures[0])
+    for file in files:
+        predictors[Path(file).name] = Predictor(load_config(config), file, device, aug_test)
     changed = _changed_pixels(predictors, pictures)
     seconds: dict[str, list[float]] = {name: [] for name in predictors}
     for i in range(rounds):

@@ -102,6 +102,11 @@ def exportable(config: Config) -> Config:
     return config
 
 
+def swaps_channels(preprocessor: nn.Module) -> bool:
+    """Whether mmseg's preprocessor turns BGR into RGB; the attribute's name differs between its versions."""
+    return bool(getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False)))
+
+
 class ExportNetwork(nn.Module):
     """What an exported file computes.
 
@@ -125,7 +130,7 @@ class ExportNetwork(nn.Module):
         self.output, self.preprocess = output, preprocess
         self.align_corners = bool(segmentor.align_corners)
         self.threshold = segmentor.decode_head.threshold
-        self.swap = bool(pre.channel_conversion if hasattr(pre, 'channel_conversion') else pre._channel_conversion)
+        self.swap = swaps_channels(pre)
         self.register_buffer('mean', pre.mean.detach().clone(), persistent=False)
         self.register_buffer('std', pre.std.detach().clone(), persistent=False)
         self.dtype = torch.float16 if half else torch.float32
