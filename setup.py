@@ -11,7 +11,11 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmseg_volo/version.py').re
 # The OpenMMLab line that is maintained today; imported as mmengine, mmcv and mmseg.
 OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentation>=1.4.0']
 DATA = ['cityscapesscripts>=2.2']
-TEST = ['pytest>=8', 'onnx', 'onnxruntime', 'onnxscript', *DATA]
+EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
+DEMO = ['gradio>=6']
+DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo']
+TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
+TEST = ['pytest>=8', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
 
 setup(
     name='mmseg_volo',
@@ -21,6 +25,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmseg_volo', 'mmseg_volo.*']),
+    package_data={'mmseg_volo.report': ['*.css', '*.html'], 'mmseg_volo.demo': ['*.css', '*.js']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',
@@ -31,6 +36,8 @@ setup(
         'numba>=0.61',
         'numpy',
         'pillow',
+        'matplotlib',
+        'jinja2',
         'safetensors',
         'huggingface_hub',
         'prettytable',
@@ -39,7 +46,12 @@ setup(
     ],
     extras_require={
         'data': DATA,
+        'export': EXPORT,
+        'demo': DEMO,
+        'docs': DOCS,
+        'tensorboard': TENSORBOARD,
+        'wandb': WANDB,
         'test': TEST,
-        'dev': [*TEST, 'ruff==0.17.*'],
+        'dev': [*TEST, 'ruff==0.17.*', 'playwright'],
     },
 )

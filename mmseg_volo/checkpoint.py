@@ -6,8 +6,8 @@ and for ``timm://`` names. Every entry that goes through it (``init_model``, ``M
 would read such a file a second time and run it.
 """
 
-import ast
 import difflib
+import json
 import logging
 import pickle
 import re
@@ -34,6 +34,7 @@ from mmengine.runner.checkpoint import _get_mmengine_home
 from torch import nn
 
 from .errors import CheckpointError
+from .literals import literals, strings
 from .matching import fits, listed
 from .sealing import seal_holds
 
@@ -143,34 +144,42 @@ def _without_code(content: dict, source: str) -> dict:
 
 
 def _is_plain(text: object) -> bool:
-    """Whether a config's text is assignments of data, as mmengine writes it."""
+    """Whether a config's text is assignments of data, as mmengine writes it, which name nothing by its Python path."""
     try:
-        body = ast.parse(text).body
+        config = literals(text)
     except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return False
-    data = ast.Constant, ast.Dict, ast.List, ast.Tuple, ast.Set, ast.UnaryOp, ast.unaryop, ast.keyword, ast.expr_context
-    for statement in body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        # A base is another file, which would be run.
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name) or targets[0].id == '_base_':
-            return False
-        for node in ast.walk(statement.value):
-            calls_dict = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict'
-            names_dict = isinstance(node, ast.Name) and node.id == 'dict'
-            if not (isinstance(node, data) or calls_dict or names_dict):
-                return False
-    return True
+    # A base is another file, which would be run; a dotted type is what mmengine's registries import and call.
+    return '_base_' not in config and not any(key == 'type' and '.' in value for key, value in strings(config))
 
 
 def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
     try:
-        return load_file(path, device=str(device))
+        with safe_open(path, 'pt', device=str(device)) as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return dict(state_dict=weights, meta=_meta_of_texts(file.metadata() or {})) if weights else {}
     except SafetensorError as error:
         raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
+
+
+def _meta_of_texts(texts: Mapping[str, str]) -> dict:
+    """What tools/publish.py writes beside the weights, as a .pth file has it; other files have none of it."""
+    meta, info = {}, {}
+    for name in ('classes', 'palette'):
+        try:
+            value = json.loads(texts.get(name) or 'null')
+        except ValueError:  # another's text by that name
+            continue
+        if isinstance(value, list):
+            info[name] = value
+    if info.get('classes'):
+        meta['dataset_meta'] = info
+    if 'config' in texts:
+        meta['cfg'] = texts['config']
+    return meta
 
 
 def read_meta(path: Path) -> dict:

@@ -1,19 +1,28 @@
-"""Pictures of segmentation results: colours over an image, or image, truth and prediction side by side."""
+"""Pictures of segmentation results: colours over an image, or image, truth and prediction side by side; legends."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
+from matplotlib.font_manager import findSystemFonts
+from matplotlib.ft2font import FT2Font
+from PIL import Image, ImageDraw, ImageFont
 
 IGNORE = 255
 TITLE_HEIGHT = 26
 GAP = 4
-_LEGEND_ROW = 24
-_BACKGROUND = 255
-_FONT = cv2.FONT_HERSHEY_SIMPLEX
-_FONT_SCALE = 0.5
+_TITLE_SIZE = 14
+_LONGEST = 13  # of a name, in letters as wide as high; longer ones are cut rather than to cost a column
+_LEAST_WIDTH = 9  # of a strip, in the same letters, so that a name can be read below the narrowest picture
+# On every machine that has mmseg: Latin, Greek, Cyrillic, Arabic and more, but no Chinese, Japanese or Korean.
+_FONT = str(Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf'))
+_WHITE = (255, 255, 255)
 
 
 def _colour(labels: np.ndarray, palette: np.ndarray, name: str) -> np.ndarray:
@@ -22,35 +31,132 @@ def _colour(labels: np.ndarray, palette: np.ndarray, name: str) -> np.ndarray:
     unknown = [int(label) for label in present if not 0 <= label < len(palette) and label != IGNORE]
     if unknown:
         raise ValueError(f'{name} has labels {unknown[:8]}, but the palette has {len(palette)} colours (0 and up)')
-    table = np.zeros((256, 3), np.uint8)
+    table = np.zeros((max(256, len(palette)), 3), np.uint8)
     table[: len(palette)] = palette[:, ::-1]
-    table[IGNORE] = 0
-    return table[labels.astype(np.uint8)]
+    if len(palette) <= IGNORE:
+        table[IGNORE] = 0
+    return table[labels.astype(np.uint8 if len(table) == 256 else np.uint16)]
 
 
-def _text_width(text: str) -> int:
-    return cv2.getTextSize(text, _FONT, _FONT_SCALE, 1)[0][0]
+@cache
+def _characters(font: str) -> frozenset[int]:
+    try:
+        return frozenset(FT2Font(font).get_charmap())
+    except (OSError, RuntimeError):  # a broken font file, or one without a table of characters
+        return frozenset()
 
 
-def _write(picture: np.ndarray, text: str, left: int, baseline: int, room: int) -> None:
-    """Write black text, shrunk where it is wider than ``room``."""
-    scale = _FONT_SCALE * min(1.0, room / max(_text_width(text), 1))
-    cv2.putText(picture, text, (left, baseline), _FONT, scale, (0, 0, 0), 1, cv2.LINE_AA)
+@cache
+def _font_for(text: str) -> str | None:
+    """A font file that has every character of a text: the one that is always there, or one that the system has."""
+    needed = {ord(c) for c in text if not c.isspace()}
+    if needed <= _characters(_FONT):
+        return _FONT
+    return next((font for font in sorted(findSystemFonts()) if needed <= _characters(font)), None)
 
 
-def _legend(width: int, entries: list[tuple[str, tuple[int, ...]]]) -> np.ndarray:
-    """A white strip with a colour box and a name for each entry, in as many columns as fit."""
-    widest = max((_text_width(name) for name, _ in entries), default=0)
-    column = min(widest + 46, width)
-    columns = min(max(1, width // column), max(len(entries), 1))
+@cache
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_for(text) or _FONT, size)
+
+
+def _width(text: str, size: int) -> int:
+    return math.ceil(_font(text, size).getlength(text))
+
+
+def _write(draw: ImageDraw.ImageDraw, text: str, left: int, middle: float, size: int, room: int) -> None:
+    """Write black text, smaller where it is wider than ``room``, and cut where it would become unreadable."""
+    if room < size:
+        return
+    least = min(size, max(9, round(0.75 * size)))
+    while size > least and _width(text, size) > room:
+        size -= 1
+    font, whole = _font(text, size), len(text)
+    while text and font.getlength(text if len(text) == whole else f'{text}…') > room:
+        text = text[:-1]
+    draw.text((left, middle), text if len(text) == whole else f'{text.rstrip()}…', (0, 0, 0), font, anchor='lm')
+
+
+def text_size(height: int, width: int) -> int:
+    """The size of letters, in pixels, that can be read where a picture is shown as a whole."""
+    return max(13, round(max(height, width) / 64))
+
+
+def strip_width(width: int, size: int) -> int:
+    """The width of a legend below a picture of this width: the same, but wide enough to read a name."""
+    return max(width, _LEAST_WIDTH * size)
+
+
+def column_width(names: Sequence[str], size: int) -> int:
+    """The width that these names take, in letters of this size, as a legend limits it."""
+    return min(max((_width(name, size) for name in names), default=0), _LONGEST * size)
+
+
+def legend(
+    width: int, entries: Sequence[tuple[str, Sequence[int]]], size: int, widest: int | None = None
+) -> np.ndarray:
+    """A white strip with a box of colour and a name for each entry, in as many columns as fit.
+
+    Args:
+        width: of the strip, in pixels.
+        entries: names and RGB colours, as :func:`entries_of` gives them; one without a name leaves its place empty.
+        size: of the letters, in pixels; see :func:`text_size`. Names that do not fit are written smaller, then cut.
+        widest: the width of names; by default the :func:`column_width` of these.
+
+    Returns:
+        The strip (h, width, 3) uint8, BGR.
+    """
+    if widest is None:
+        widest = column_width([name for name, _ in entries], size)
+    margin, box, row = size // 2, round(1.4 * size), round(1.5 * size)
+    beside = box + margin  # what a name has to its left, in its column
+    columns = max(1, min((width - margin) // (beside + widest + size), len(entries)))
+    column = (width - margin) // columns
+    if columns > 1:
+        column = min(column, beside + widest + 3 * size)
     rows = -(-len(entries) // columns)
-    strip = np.full((rows * _LEGEND_ROW + 8, width, 3), _BACKGROUND, np.uint8)
+    strip = Image.new('RGB', (width, rows * row + 2 * (margin // 2 + 1)), _WHITE)
+    draw = ImageDraw.Draw(strip)
     for index, (name, colour) in enumerate(entries):
-        left, top = index % columns * column + 6, index // columns * _LEGEND_ROW + 6
-        cv2.rectangle(strip, (left, top), (left + 20, top + 15), colour, cv2.FILLED)
-        cv2.rectangle(strip, (left, top), (left + 20, top + 15), (0, 0, 0), 1)
-        _write(strip, name, left + 27, top + 13, max(column - 36, 1))
-    return strip
+        if not name:
+            continue
+        left = margin + index % columns * column
+        top = margin // 2 + 1 + index // columns * row
+        upper = top + (row - size) // 2
+        edges = (left, upper, left + box - 1, upper + size - 1)
+        draw.rectangle(edges, tuple(int(c) for c in colour), (0, 0, 0), max(1, size // 16))
+        _write(draw, name, left + beside, top + row / 2, size, column - beside - margin)
+    return np.ascontiguousarray(np.asarray(strip)[..., ::-1])
+
+
+def entries_of(
+    classes: Sequence[str] | None, palette: Sequence[Sequence[int]], *labels: np.ndarray
+) -> list[tuple[str, Sequence[int]]]:
+    """What a legend says of label maps: the names and RGB colours of the classes that occur, in their order.
+
+    A class without a name, or with one that no font at hand can write, is 'class 0' and so on.
+    """
+    entries = []
+    for label in sorted({int(label) for one in labels for label in np.unique(one)}):
+        if label == IGNORE and len(palette) <= IGNORE:
+            entries.append(('ignored', (0, 0, 0)))
+        else:
+            name = classes[label].strip() if classes is not None else ''
+            known = name and name.isprintable() and _font_for(name)
+            entries.append((name if known else f'class {label}', palette[label]))
+    return entries
+
+
+def add_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
+    """A picture (H, W, 3) uint8, BGR, with its legend below, in letters that go with its size.
+
+    Returns:
+        The picture (H + legend, W, 3); a very narrow one gets white at its right, so that names can be read.
+    """
+    size = text_size(*picture.shape[:2])
+    width = strip_width(picture.shape[1], size)
+    picture = cv2.copyMakeBorder(picture, 0, 0, 0, width - picture.shape[1], cv2.BORDER_CONSTANT, value=_WHITE)
+    return np.concatenate((picture, legend(width, entries, size)))
 
 
 def overlay(
@@ -122,17 +228,18 @@ def side_by_side(
         'ground truth': _colour(truth, colours, 'truth'),
         'prediction': _colour(prediction, colours, 'prediction'),
     }
-    top = np.full((TITLE_HEIGHT + height, 3 * width + 2 * GAP, 3), _BACKGROUND, np.uint8)
-    for index, (title, panel) in enumerate(panels.items()):
-        left = index * (width + GAP)
-        top[TITLE_HEIGHT:, left : left + width] = panel
-        _write(top, title, left + max((width - _text_width(title)) // 2, 0), TITLE_HEIGHT - 8, width)
-
-    present = [int(label) for label in np.union1d(truth, prediction) if label != IGNORE]
-    entries = [
-        (classes[label] if classes is not None else f'class {label}', tuple(int(c) for c in colours[label][::-1]))
-        for label in present
-    ]
-    if (truth == IGNORE).any() or (prediction == IGNORE).any():
-        entries.append(('ignored', (0, 0, 0)))
-    return np.concatenate((top, _legend(top.shape[1], entries)))
+    top = Image.new('RGB', (3 * width + 2 * GAP, TITLE_HEIGHT), _WHITE)
+    draw = ImageDraw.Draw(top)
+    size = max(9, min(_TITLE_SIZE, round(_TITLE_SIZE * width / (_width('ground truth', _TITLE_SIZE) + GAP))))
+    for index, title in enumerate(panels):
+        left = index * (width + GAP) + max((width - _width(title, size)) // 2, 0)
+        _write(draw, title, left, TITLE_HEIGHT / 2, size, width)
+    gap = np.full((height, GAP, 3), 255, np.uint8)
+    first, second, third = panels.values()
+    entries = entries_of(classes, palette, truth, prediction)
+    rows = (
+        np.asarray(top)[..., ::-1],
+        np.concatenate((first, gap, second, gap, third), axis=1),
+        legend(top.width, entries, text_size(height, width)),
+    )
+    return np.concatenate(rows)

@@ -52,7 +52,8 @@ def small_config(folder: Path, work_dir: str = 'run', **options) -> Config:
     """The config, read; ``options`` are overrides with __ for the dots."""
     config = load_config(str(write_config(folder)), None, str(folder / work_dir))
     config.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
-    config.experiment_name = f'{folder.name}_{work_dir}'  # mmengine keeps message hubs and visualizers by this name
+    # mmengine keeps message hubs and visualizers by name, for all runs of a process.
+    config.experiment_name = config.visualizer.name = f'{folder.name}_{work_dir}'
     return config
 
 

@@ -1,31 +1,79 @@
-"""Predict pictures: tools/predict.py CONFIG CHECKPOINT IMAGE_OR_FOLDER_OR_GLOB --out DIR [--aug-test] [--overlay]."""
+"""Predict pictures and videos: tools/predict.py CONFIG CHECKPOINT FILE_FOLDER_OR_GLOB --out DIR [--overlay]."""
 
 import argparse
+import signal
 import sys
 
 from mmseg_volo.config import add_inference_arguments, load_config, run_tool
-from mmseg_volo.folders import predict_files
-from mmseg_volo.inference import Predictor
+from mmseg_volo.folders import Recipe, predict_files
+from mmseg_volo.stopping import Stopped
+from mmseg_volo.video import VIDEO_FORMATS, VIDEO_SUFFIXES
+
+DESCRIPTION = """\
+Predict pictures and save class ids as PNG, and overlays; predict videos and save overlays.
+
+For each picture there will be DIR/NAME.png with class ids, with --overlay NAME_overlay.png and with --confidence
+NAME_confidence.png; for each video NAME_overlay.mp4, with its frame rate and without sound. Of a folder, and the
+folders in it, pictures are taken, and videos only where there are no pictures.
+"""
+EPILOG = """\
+mp4 (MPEG-4 part 2) plays in VLC, mpv, QuickTime and Windows' player; webm (VP8) in browsers too, three times as slow to
+write. Ctrl-C and SIGTERM end with what is done: whole pictures, and a video with the frames until then; --resume goes
+on with the files that are left. Exit status: 0, 1 if a file failed, 130 after Ctrl-C, 143 after SIGTERM.
+"""
+
+
+def opacity(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not 1 or more')
+    return value
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description='Predict pictures, save class ids as PNG and overlays.')
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('source', nargs='+', help='images, folders or quoted glob patterns')
+    parser.add_argument(
+        'source', nargs='+', help=f'pictures, videos ({" ".join(VIDEO_SUFFIXES)}), folders or quoted glob patterns'
+    )
     parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; by default a GPU where there is one')
     parser.add_argument('--overlay', action='store_true', help='save NAME_overlay.png too')
-    parser.add_argument('--confidence', action='store_true', help='save NAME_confidence.png too, 255 for certain')
+    parser.add_argument('--no-legend', action='store_true', help='overlays without the names of the classes below')
+    parser.add_argument(
+        '--opacity', type=opacity, default=0.5, help="of an overlay's colours, 0 to 1; default %(default)s"
+    )
+    parser.add_argument(
+        '--confidence', action='store_true', help='save NAME_confidence.png of pictures, 255 for certain'
+    )
+    parser.add_argument(
+        '--video-format', choices=list(VIDEO_FORMATS), default='mp4', help='default %(default)s; see below'
+    )
+    parser.add_argument(
+        '--processes',
+        type=count,
+        default=1,
+        metavar='N',
+        help='share pictures out among N processes: one for each GPU, or with a part of the threads on a CPU',
+    )
+    parser.add_argument(
+        '--resume', action='store_true', help='leave out what is in DIR already, of the same model and options'
+    )
     add_inference_arguments(parser)
     args = parser.parse_args()
 
-    predictor = Predictor(
-        load_config(args.config),
-        args.checkpoint,
-        args.device,
-        args.aug_test,
+    options = dict(
         precision=args.precision,
         compile=args.compile,
         channels_last=args.channels_last,
@@ -33,9 +81,26 @@ def main() -> int:
         confidence=args.confidence,
         allow_mismatch=args.allow_mismatch,
     )
-    failed = predict_files(predictor, args.source, args.out, args.overlay)
+    recipe = Recipe(load_config(args.config), args.checkpoint, args.device, args.aug_test, options)
+    try:
+        failed = predict_files(
+            recipe,
+            args.source,
+            args.out,
+            args.overlay,
+            with_legend=not args.no_legend,
+            opacity=args.opacity,
+            video_format=args.video_format,
+            processes=args.processes,
+            resume=args.resume,
+        )
+    except Stopped as stopped:
+        return stopped.status
+    except KeyboardInterrupt:  # before the work began, or a second one
+        return 128 + signal.SIGINT
     if failed:
-        print(f'{len(failed)} of the images failed: {", ".join(map(str, failed))}', file=sys.stderr)
+        kind = 'videos' if all(path.suffix.lower() in VIDEO_SUFFIXES for path in failed) else 'images'
+        print(f'{len(failed)} of the {kind} failed: {", ".join(map(str, failed))}', file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -17,7 +17,11 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
-custom_hooks = [dict(type='LabelGuardHook'), dict(type='NonFiniteGuardHook', max_in_row=25)]
+custom_hooks = [
+    dict(type='LabelGuardHook'),
+    dict(type='NonFiniteGuardHook', max_in_row=25),
+    dict(type='EvaluationRecordHook'),  # what tools/report.py reads
+]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(by_epoch=False)

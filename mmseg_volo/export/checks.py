@@ -15,7 +15,7 @@ from mmseg.models.utils import resize
 from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 
-from ..benchmark.pictures import draw
+from ..data.street_drawing import draw_scene
 from ..errors import ExportError
 from ..folders import find_images
 from ..inference import read_image
@@ -74,7 +74,8 @@ def sample_pictures(config: Config, sources: Sequence[str], count: int = 4) -> t
             places = np.linspace(0, len(dataset) - 1, count).astype(int)
             paths = [Path(dataset.get_data_info(int(i))['img_path']) for i in places]
         except (OSError, ValueError, IndexError):
-            return [draw((512, 1024), seed) for seed in range(count)], 'drawn street scenes, since the data is not here'
+            drawn = [draw_scene(seed, (512, 1024))[0] for seed in range(count)]
+            return drawn, 'drawn street scenes, since the test data is not here'
     return [read_image(path) for path in paths], f'pictures from {paths[0].parent}'
 
 

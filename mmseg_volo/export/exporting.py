@@ -66,7 +66,10 @@ def export_model(
     try:
         segmentor = init_model(config, checkpoint, 'cpu')
         _check_model(segmentor, preprocess)
-        network = ExportNetwork(init_model(wanted, checkpoint, 'cpu'), output, preprocess, precision == 'fp16').eval()
+        twin = init_model(wanted, device='cpu')
+        state = segmentor.state_dict()
+        twin.load_state_dict({name: value for name, value in state.items() if not name.startswith('auxiliary_head.')})
+        network = ExportNetwork(twin, output, preprocess, precision == 'fp16').eval()
         about = _about(segmentor, size, dynamic, precision, preprocess, output)
         print_log(f'exporting {_words(about)}', logger='current')
         program = trace(network, _example(size) if dynamic else size, dynamic)

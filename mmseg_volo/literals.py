@@ -1,0 +1,54 @@
+"""Config texts read as the data that they are, without running them as mmengine does."""
+
+import ast
+from collections.abc import Iterator
+
+
+def literals(text: str) -> dict:
+    """The assignments in a text of mmengine's ``Config.pretty_text``, read without running it.
+
+    Raises:
+        SyntaxError, TypeError, ValueError: it holds anything but assignments of plain data.
+    """
+    out = {}
+    for statement in ast.parse(text).body:
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+            raise ValueError(f'line {statement.lineno} is no assignment')
+        out[targets[0].id] = _value(statement.value)
+    return out
+
+
+def _value(node: ast.expr) -> object:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
+        # dict({'a.b': 1}) is how mmengine writes keys that are no names.
+        if len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords:
+            return _value(node.args[0])
+        if not node.args:
+            return {_name(keyword): _value(keyword.value) for keyword in node.keywords}
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True)}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return (list if isinstance(node, ast.List) else tuple)(map(_value, node.elts))
+    value = ast.literal_eval(node) if isinstance(node, (ast.Constant, ast.UnaryOp)) else node
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ValueError(f'line {node.lineno} holds more than text, numbers, lists and dicts')
+    return value
+
+
+def _name(keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise ValueError(f'line {keyword.lineno} holds more than text, numbers, lists and dicts')
+    return keyword.arg
+
+
+def strings(value: object, key: str = '') -> Iterator[tuple[str, str]]:
+    """Every text in nested dicts and lists, with the key that it stands under."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from strings(inner, str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from strings(inner, key)
+    elif isinstance(value, str):
+        yield key, value

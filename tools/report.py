@@ -1,0 +1,21 @@
+"""A page about one or more runs: tools/report.py work_dirs/volo_d1_camvid [MORE WORK DIRS] [--out report.html]."""
+
+import argparse
+
+from mmseg_volo.config import run_tool
+from mmseg_volo.report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description='Write one HTML file about runs: curves, IoU per class, confusions, worst and best pictures, '
+        'calibration, speed and config. It needs no network; several runs are compared.'
+    )
+    parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR', help='work dir of tools/train.py or tools/test.py')
+    parser.add_argument('--out', metavar='FILE', help='default: report.html in the first work dir')
+    args = parser.parse_args()
+    print(write_report(args.work_dirs, args.out))
+
+
+if __name__ == '__main__':
+    run_tool(main)
