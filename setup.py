@@ -13,7 +13,7 @@ OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentati
 DATA = ['cityscapesscripts>=2.2']
 EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
 DEMO = ['gradio>=6.31,<7']
-DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo']
+DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
 TEST = ['pytest>=8', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import socket
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.parse
@@ -38,6 +39,14 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 
 pytest_plugins = ['demo_server']
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _temporary_folder(tmp_path_factory):
+    """Gradio's client makes folders there and leaves them."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp('temporary'))
+    yield
+    tempfile.tempdir = before
 
 
 @pytest.fixture
