@@ -23,24 +23,8 @@ from .visualize import column_width, entries_of, legend, overlay, strip_width, t
 # Read by OpenCV when it first opens a video: a damaged one is reported in one line, not in one for each block of it.
 os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
 PREPARED_AHEAD = 2**22  # pixels: a larger picture's views would take too much memory beside those of the one at work
-VIDEO_SUFFIXES = (
-    *(
-        '.mp4',
-        '.m4v',
-        '.mov',
-        '.avi',
-        '.mkv',
-        '.webm',
-        '.mpg',
-        '.mpeg',
-        '.mts',
-        '.m2ts',
-        '.wmv',
-        '.flv',
-        '.3gp',
-        '.ogv',
-    ),
-)
+_CONTAINERS = 'mp4 m4v mov avi mkv webm mpg mpeg mts m2ts wmv flv 3gp ogv'
+VIDEO_SUFFIXES = tuple(f'.{name}' for name in _CONTAINERS.split())
 VIDEO_FORMATS = {'mp4': 'mp4v', 'webm': 'VP80'}  # what OpenCV's wheels can write on every system
 _USUAL_RATE = 25.0  # frames a second, where a file does not say
 _HIGHEST_RATE = 240.0  # of files that tell the truth about it
