@@ -14,6 +14,13 @@ import mmseg_volo  # noqa: F401  (registers what the configs name)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before pytest-xdist starts its processes: each of them gets one core."""
+    if config.getoption('numprocesses', None):
+        os.environ.setdefault('OMP_NUM_THREADS', '1')
+        os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     random.seed(0)

@@ -94,7 +94,9 @@ def shareable(config: dict) -> dict:
     imports['imports'] = list(dict.fromkeys(['mmseg_volo', *(imports.get('imports') or [])]))
     kept['custom_imports'] = dict(imports, allow_failed_imports=False)
     if 'visualizer' in kept:
-        kept['visualizer'] = dict(kept['visualizer'] or {}, vis_backends=[dict(type='LocalVisBackend')])
+        kept['visualizer'] = dict(
+            kept['visualizer'] or {}, name='visualizer', vis_backends=[dict(type='LocalVisBackend')]
+        )
     environment = kept.get('env_cfg') or {}
     if environment:
         backend = (environment.get('dist_cfg') or {}).get('backend', 'nccl')
