@@ -50,7 +50,7 @@ def model(predictor) -> SharedModel:
 
 @pytest.fixture(scope='module')
 def server(model):
-    pytest.importorskip('gradio', reason="needs gradio: pip install 'mmseg_volo[demo]'")
+    pytest.importorskip('gradio', reason="needs gradio: pip install -e '.[demo]'")
     from mmseg_volo.demo.server import DemoServer, bind
 
     server = DemoServer(bind('127.0.0.1', 0), model, 'a <b>model</b>', 'of the tests', LIMITS, queue=2)

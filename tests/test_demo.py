@@ -31,7 +31,7 @@ from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor, read_image
 from mmseg_volo.visualize import overlay
 
-pytest.importorskip('gradio', reason="needs gradio: pip install 'mmseg_volo[demo]'")
+pytest.importorskip('gradio', reason="needs gradio: pip install -e '.[demo]'")
 
 import httpx
 from gradio.route_utils import delete_files_created_by_app

@@ -65,7 +65,7 @@ def main() -> int:
         type=count,
         default=1,
         metavar='N',
-        help='share pictures out among N processes, one for each GPU; on a CPU, with its threads shared, it saves nothing',
+        help='share pictures out among N processes, one for each GPU; a CPU is no faster with several',
     )
     parser.add_argument(
         '--resume', action='store_true', help='leave out what is in DIR already, of the same model and options'

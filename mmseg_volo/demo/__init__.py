@@ -9,4 +9,4 @@ def check_installed() -> None:
     """Raise ConfigError where the page's libraries, the extra ``demo``, are missing."""
     missing = [name for name in ('gradio', 'uvicorn') if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f"the page needs {' and '.join(missing)}: pip install 'mmseg_volo[demo]'")
+        raise ConfigError(f"the page needs {' and '.join(missing)}: pip install -e '.[demo]' in the clone")

@@ -54,7 +54,7 @@ def write_onnx(program: torch.export.ExportedProgram, network: ExportNetwork, ab
         import onnx
         import onnxscript  # noqa: F401  (torch's exporter is made of it)
     except ImportError as error:
-        raise ConfigError(f'ONNX needs the package {error.name}: pip install "mmseg_volo[export]"') from error
+        raise ConfigError(f'ONNX needs the package {error.name}: pip install -e ".[export]" in the clone') from error
     with torch.no_grad(), _quiet():
         made = torch.onnx.export(
             program,
@@ -122,7 +122,7 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[
     try:
         import onnxruntime
     except ImportError as error:
-        raise ConfigError('ONNX needs the package onnxruntime: pip install "mmseg_volo[export]"') from error
+        raise ConfigError('ONNX needs the package onnxruntime: pip install -e ".[export]" in the clone') from error
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} does not exist')
     device = torch.device(device)
