@@ -8,13 +8,14 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmseg.models import EncoderDecoder
+from torch import nn
 
 from ..apis import init_model
 from ..errors import ConfigError
 from ..segmentors import has_plain_head
 from ..version import __version__
 from .checks import check_onnx, compare, judge, sample_pictures, sizes_to_check
-from .formats import FORMATS, OPSET, STEP, open_onnx, open_pt2, trace, write_onnx, write_pt2
+from .formats import FORMATS, OPSET, STEP, check_packages, open_onnx, open_pt2, trace, write_onnx, write_pt2
 from .network import ExportNetwork, exportable, swaps_channels
 from .tensorrt import TENSORRT
 
@@ -98,6 +99,8 @@ def export_model(
 
 
 def _check_request(out: str, format: str, size: tuple[int, int] | None) -> None:
+    if format == 'onnx':
+        check_packages('onnx', 'onnxscript', 'onnxruntime')
     if Path(out).suffix != FORMATS[format]:
         raise ConfigError(f'--out {out}: a file of the format {format} ends with {FORMATS[format]}')
     if Path(out).is_dir():
@@ -117,6 +120,9 @@ def _check_model(segmentor: EncoderDecoder, preprocess: bool) -> None:
             f'{type(segmentor.decode_head).__name__} makes its predictions in a way of its own; what can be exported '
             "are heads whose logits mmseg's BaseDecodeHead resizes"
         )
+    first = next((m for m in segmentor.backbone.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != 3:
+        raise ConfigError(f'the model takes pictures of {first.in_channels} channels; exported ones have 3')
     pre = segmentor.data_preprocessor
     if preprocess and not (getattr(pre, '_enable_normalize', False) and pre.mean.numel() == 3):
         raise ConfigError('--with-preprocess: the data_preprocessor normalises nothing, or not three channels')

@@ -1,5 +1,6 @@
 """Exported files: how they are written, what they say of themselves, and how they are run."""
 
+import importlib.util
 import json
 import logging
 import warnings
@@ -26,6 +27,13 @@ _DEFAULTS_OF_18 = {'Resize': {'antialias': 0, 'keep_aspect_ratio_policy': b'stre
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
+def check_packages(*names: str) -> None:
+    """Raise ConfigError where one of these packages, of the extra ``export``, is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f'ONNX needs {", ".join(missing)}: pip install -e ".[export]" in the clone')
+
+
 def trace(network: ExportNetwork, size: tuple[int, int], dynamic: bool) -> torch.export.ExportedProgram:
     """The network as one graph.
 
@@ -48,13 +56,10 @@ def write_onnx(program: torch.export.ExportedProgram, network: ExportNetwork, ab
     """Write an ONNX file of opset 17, weights included.
 
     Raises:
-        ConfigError: onnx is not installed, or the model is too large for one file.
+        ConfigError: the model is too large for one file.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401  (torch's exporter is made of it)
-    except ImportError as error:
-        raise ConfigError(f'ONNX needs the package {error.name}: pip install -e ".[export]" in the clone') from error
+    import onnx
+
     with torch.no_grad(), _quiet():
         made = torch.onnx.export(
             program,
@@ -119,10 +124,9 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[
         CheckpointError: another file.
         FileNotFoundError: no file.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError('ONNX needs the package onnxruntime: pip install -e ".[export]" in the clone') from error
+    check_packages('onnxruntime')
+    import onnxruntime
+
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} does not exist')
     device = torch.device(device)
