@@ -297,5 +297,5 @@ def test_a_taken_port_or_a_missing_library_is_one_line(server, trained, monkeypa
     assert 'does not exist' in run_demo(monkeypatch, 'none.py', trained[1], '--port', '0')
     with monkeypatch.context() as patch:
         patch.setattr('importlib.util.find_spec', lambda name: None)
-        with pytest.raises(ConfigError, match=r"gradio and uvicorn: pip install 'mmseg_volo\[demo\]'"):
+        with pytest.raises(ConfigError, match=r"gradio and uvicorn: pip install -e '\.\[demo\]'"):
             check_installed()

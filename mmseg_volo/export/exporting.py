@@ -61,9 +61,12 @@ def export_model(
     wanted = exportable(config)
     size = size or _default_size(config)
     path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.stem}.{os.getpid()}.part{FORMATS[format]}')
-    part.touch()  # whether it can be written is said before all the work
+    try:  # whether it can be written is said before all the work
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+    except OSError as error:
+        raise OSError(error.errno, f'the file cannot be written ({error.strerror}); give another --out', out) from error
     try:
         segmentor = init_model(config, checkpoint, 'cpu')
         _check_model(segmentor, preprocess)
