@@ -33,8 +33,11 @@ class LeanUPerHead(BandedLoss, UPerHead):
         finest = inputs[-1]
         if self.training and len(finest) == 1 and 1 in self.psp_modules.pool_scales:
             self._check_norms()
-        pooled = [pool(finest) for pool in self.psp_modules]
-        return _joined_conv(self.bottleneck, [finest, *pooled], self.align_corners)
+        return _joined_conv(self.bottleneck, [finest, *self.pooled(finest)], self.align_corners)
+
+    def pooled(self, finest: Tensor) -> list[Tensor]:
+        """The maps of the pyramid pooling module, in sizes of their own."""
+        return [pool(finest) for pool in self.psp_modules]
 
     def _check_norms(self) -> None:
         for norm in self.psp_modules.modules():
@@ -64,13 +67,13 @@ def _joined_conv(module: ConvModule, maps: list[Tensor], align_corners: bool) ->
         enlarged = [resize(x, size, mode='bilinear', align_corners=align_corners) for x in maps]
         return module(torch.cat(enlarged, 1))
     weights = module.conv.weight.split([x.shape[1] for x in maps], dim=1)
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for i, x in enumerate(maps):
-        by_size.setdefault(tuple(x.shape[2:]), []).append(i)
+    by_size: dict[str, list[int]] = {}
+    for i, x in enumerate(maps):  # by their names: the sizes of a graph that is exported may be open
+        by_size.setdefault(str(tuple(x.shape[2:])), []).append(i)
     out = None
     for shape, members in by_size.items():
         x, weight = (torch.cat([of[i] for i in members], 1) for of in (maps, weights))
-        if shape == tuple(size):
+        if shape == str(tuple(size)):
             part = F.conv2d(x, weight, module.conv.bias, padding=1)
         else:
             part = conv_of_enlarged(x, weight, size, align_corners)
@@ -111,7 +114,13 @@ def conv_of_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int], align_cor
 def _enlarge_and_shift(size: int, out: int, align_corners: bool, like: Tensor) -> Tensor:
     """(3, out, size): the neighbours before, at and after each point of an enlarged line, from the line's points."""
     dtype = torch.promote_types(like.dtype, torch.float32)
-    line = torch.eye(size, dtype=dtype, device=like.device)
-    enlarged = F.interpolate(line[None], out, mode='linear', align_corners=align_corners)[0].T
+    place = torch.arange(out, dtype=dtype, device=like.device)
+    if align_corners:
+        position = place * ((size - 1) / max(out - 1, 1))
+    else:
+        position = ((place + 0.5) * (size / out) - 0.5).clamp(0, size - 1)
+    # The weight of a neighbour falls from 1 to 0 over the distance to the next one.
+    distance = position[:, None] - torch.arange(size, dtype=dtype, device=like.device)
+    enlarged = (1 - distance.abs()).clamp(0, 1)
     padded = F.pad(enlarged, (0, 0, 1, 1))
     return torch.stack([padded[i : i + out] for i in range(3)]).to(like.dtype)

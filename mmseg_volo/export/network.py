@@ -6,12 +6,12 @@ import torch
 from mmcv.cnn import fuse_conv_bn
 from mmengine.config import Config
 from mmseg.models import EncoderDecoder
-from mmseg.models.decode_heads import UPerHead
 from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..heads import LeanUPerHead
 from ..volo import VOLO, OutlookAttention
 
 OUTPUTS = 'logits', 'classes'
@@ -41,23 +41,22 @@ class ExportVOLO(VOLO):
 
 
 @MODELS.register_module()
-class ExportUPerHead(UPerHead):
-    """:class:`UPerHead` whose pyramid is pooled by products of matrices, on maps of any size.
+class ExportUPerHead(LeanUPerHead):
+    """:class:`LeanUPerHead` whose pyramid is pooled by products of matrices, on maps of any size.
 
     ONNX has no adaptive pooling.
     """
 
-    def psp_forward(self, inputs: list[Tensor]) -> Tensor:
-        """The pyramid pooling module: as in UPerHead."""
-        finest = inputs[-1]
-        maps = [finest]
+    def pooled(self, finest: Tensor) -> list[Tensor]:
+        """The maps of the pyramid pooling module, in sizes of their own."""
+        maps = []
         for scale, module in zip(self.psp_modules.pool_scales, self.psp_modules, strict=True):
             rows, columns = (_pool(n, scale).to(finest.dtype) for n in finest.shape[2:])
-            pooled = rows @ finest @ columns.T
+            x = rows @ finest @ columns.T
             for layer in list(module)[1:]:  # what follows the pool
-                pooled = layer(pooled)
-            maps.append(resize(pooled, finest.shape[2:], mode='bilinear', align_corners=self.align_corners))
-        return self.bottleneck(torch.cat(maps, 1))
+                x = layer(x)
+            maps.append(x)
+        return maps
 
 
 def _pool(size: int, out: int) -> Tensor:
