@@ -29,7 +29,7 @@ class ExportVOLO(VOLO):
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, OutlookAttention):
-                module.impl = 'slices'  # PyTorch 2.6 does not tell that it exports
+                module.impl = 'slices'  # whatever 'auto' can tell of who traces it
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
         pos_embed = self.pos_embed
