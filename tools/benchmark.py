@@ -8,6 +8,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mmseg_volo.benchmark import (
     MODES,
     NETWORKS,
     OPTIONS,
+    RUNS,
     BackboneCase,
     Case,
     ModelCase,
@@ -83,6 +85,12 @@ def add_batch_arguments(parser: argparse.ArgumentParser, batch: Sequence[int]) -
     add_machine_arguments(parser)
 
 
+def add_peer_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--no-compiled', action='store_true', help='leave out the peer through torch.compile, which takes minutes'
+    )
+
+
 def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
     add_arch_argument(parser)
     parser.add_argument('--window', type=int, default=512, help='side of the sliding windows; default %(default)s')
@@ -119,7 +127,8 @@ def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tupl
 
 def inference(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = cases(args, args.classes, [tuple(args.size)])
-    return lambda found: benchmark.measure_inference(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    settings = args.rounds, not args.no_memory, Path(args.out)
+    return lambda found: benchmark.measure_inference(todo, *settings, found, not args.no_compiled)
 
 
 def scaling(args: argparse.Namespace) -> Callable[[dict], None]:
@@ -146,7 +155,8 @@ def op(args: argparse.Namespace) -> Callable[[dict], None]:
         OpCase(arch, image, batch, precision, mode, args.device)
         for (arch, image), batch, precision, mode in product(args.shape, args.batch, args.precision, args.mode)
     ]
-    return lambda found: benchmark.measure_op(todo, args.impl, args.rounds, Path(args.out), found)
+    settings = args.impl, args.rounds, Path(args.out)
+    return lambda found: benchmark.measure_op(todo, *settings, found, not args.no_compiled)
 
 
 def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
@@ -162,12 +172,14 @@ def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
 
 def backbone(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(BackboneCase, args, 'arch', 'compile', 'channels_last')
-    return lambda found: benchmark.measure_backbone(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    settings = args.rounds, not args.no_memory, Path(args.out)
+    return lambda found: benchmark.measure_backbone(todo, *settings, found, not args.no_compiled)
 
 
 def train(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(TrainCase, args, 'arch', 'classes', 'checkpointing')
-    return lambda found: benchmark.measure_train(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    settings = args.rounds, not args.no_memory, Path(args.out)
+    return lambda found: benchmark.measure_train(todo, *settings, found, not args.no_compiled)
 
 
 def saving(args: argparse.Namespace) -> Callable[[dict], None]:
@@ -176,7 +188,8 @@ def saving(args: argparse.Namespace) -> Callable[[dict], None]:
 
 
 def models(args: argparse.Namespace) -> Callable[[dict], None]:
-    todo = batch_cases(ModelCase, args, 'model')
+    args.model = [name for name in args.model if not (args.no_compiled and name.endswith('-compiled'))]
+    todo = [replace(case, run=run) for run in args.run for case in batch_cases(ModelCase, args, 'model')]
     return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
 
 
@@ -190,6 +203,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--classes', nargs='+', type=COUNT, default=[19, 150], help='default 19 150')
     sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')
     add_case_arguments(sub, views=10)
+    add_peer_argument(sub)
 
     sub = commands.add_parser('scaling', help='cost against the size of the picture, this package only')
     sub.set_defaults(prepare=scaling, parser=sub)
@@ -221,12 +235,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--impl', nargs='+', choices=IMPLEMENTATIONS, default=['fused'], help='default fused')
     sub.add_argument('--rounds', type=COUNT, default=10, help='default %(default)s')
     add_machine_arguments(sub)
+    add_peer_argument(sub)
 
     sub = commands.add_parser('backbone', help="timm's VOLO against this package's, the four stage maps")
     sub.set_defaults(prepare=backbone, parser=sub)
     add_arch_argument(sub)
     add_network_options(sub)
     add_batch_arguments(sub, [1])
+    add_peer_argument(sub)
 
     sub = commands.add_parser('train', help="a training step of stock mmseg with timm's VOLO against this package")
     sub.set_defaults(prepare=train, parser=sub)
@@ -234,6 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--classes', type=COUNT, default=150, help='19 or more; default %(default)s')
     sub.add_argument('--checkpointing', action='store_true', help='activation checkpointing, our side only')
     add_batch_arguments(sub, [2])
+    add_peer_argument(sub)
 
     sub = commands.add_parser('saving', help="saving a checkpoint in training, mmengine's way against this package's")
     sub.set_defaults(prepare=saving, parser=sub)
@@ -249,7 +266,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--models', nargs='+', choices=known, default=known, metavar='MODEL', dest='model', help=', '.join(known)
     )
+    sub.add_argument('--run', nargs='+', choices=RUNS, default=['logits'], help='default logits, in full size')
     add_batch_arguments(sub, [1, 16])
+    add_peer_argument(sub)
     return parser
 
 

@@ -9,7 +9,7 @@ from .backbone import BackboneCase, measure_backbone
 from .cases import SIDES, Case
 from .inference import measure_inference
 from .measuring import environment
-from .models import NETWORKS, ModelCase, measure_models
+from .models import NETWORKS, RUNS, ModelCase, measure_models
 from .op import IMPLEMENTATIONS, MODES, OpCase, measure_op
 from .peer import build, copy_weights, ready
 from .pictures import draw, prepare, view_pixels
@@ -25,6 +25,7 @@ __all__ = [
     'MODES',
     'NETWORKS',
     'OPTIONS',
+    'RUNS',
     'SIDES',
     'BackboneCase',
     'Case',
