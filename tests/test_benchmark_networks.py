@@ -38,7 +38,7 @@ def test_backbones_differ_where_weights_do(monkeypatch):
         return model
 
     monkeypatch.setattr(backbone, '_build', with_other_weights)
-    assert backbone._compare(case, 1)['largest_difference'] > 1e-2
+    assert backbone.compare(case, 1)['largest_difference'] > 1e-2
 
 
 def test_train(tmp_path):

@@ -1,7 +1,7 @@
 """Measure this package: tools/benchmark.py COMMAND, each with --help.
 
 inference, scaling and precision predict whole pictures; op, backbone and train time a part of the work against its
-peer; models sets VOLO beside other networks.
+peer; models sets VOLO beside other networks. suite does all that is worth knowing of a GPU in a given time.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from mmseg_volo.benchmark import (
     MODES,
     NETWORKS,
     OPTIONS,
+    PARTS,
     RUNS,
     BackboneCase,
     Case,
@@ -105,6 +106,10 @@ def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
     add_machine_arguments(parser)
 
 
+def compile_seconds(args: argparse.Namespace) -> float:
+    return 0 if args.no_compiled else float('inf')
+
+
 def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Case]:
     return [
         Case(
@@ -128,7 +133,7 @@ def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tupl
 def inference(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = cases(args, args.classes, [tuple(args.size)])
     settings = args.rounds, not args.no_memory, Path(args.out)
-    return lambda found: benchmark.measure_inference(todo, *settings, found, not args.no_compiled)
+    return lambda found: benchmark.measure_inference(todo, *settings, found, compile_seconds(args))
 
 
 def scaling(args: argparse.Namespace) -> Callable[[dict], None]:
@@ -173,13 +178,13 @@ def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
 def backbone(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(BackboneCase, args, 'arch', 'compile', 'channels_last')
     settings = args.rounds, not args.no_memory, Path(args.out)
-    return lambda found: benchmark.measure_backbone(todo, *settings, found, not args.no_compiled)
+    return lambda found: benchmark.measure_backbone(todo, *settings, found, compile_seconds(args))
 
 
 def train(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(TrainCase, args, 'arch', 'classes', 'checkpointing')
     settings = args.rounds, not args.no_memory, Path(args.out)
-    return lambda found: benchmark.measure_train(todo, *settings, found, not args.no_compiled)
+    return lambda found: benchmark.measure_train(todo, *settings, found, compile_seconds(args))
 
 
 def saving(args: argparse.Namespace) -> Callable[[dict], None]:
@@ -191,6 +196,14 @@ def models(args: argparse.Namespace) -> Callable[[dict], None]:
     args.model = [name for name in args.model if not (args.no_compiled and name.endswith('-compiled'))]
     todo = [replace(case, run=run) for run in args.run for case in batch_cases(ModelCase, args, 'model')]
     return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
+
+
+def suite(args: argparse.Namespace) -> Callable[[dict], int]:
+    plan = benchmark.Plan(
+        args.device, Path(args.out), args.threads, not args.no_compiled, benchmark.find_camvid(args.camvid)
+    )
+    parts = [part for part in PARTS if part.name in args.parts]
+    return lambda found: benchmark.run_suite(parts, plan, args.minutes, args.command)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -269,20 +282,32 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--run', nargs='+', choices=RUNS, default=['logits'], help='default logits, in full size')
     add_batch_arguments(sub, [1, 16])
     add_peer_argument(sub)
+
+    sub = commands.add_parser('suite', help='correctness, speed, profiles and a training run on a GPU, in one report')
+    sub.set_defaults(prepare=suite, parser=sub)
+    names = [part.name for part in PARTS]
+    sub.add_argument('--minutes', type=AMOUNT, default=9, help='for all of it; default %(default)s')
+    sub.add_argument(
+        '--parts', nargs='+', choices=names, default=names, metavar='PART', help=f'of {", ".join(names)}; default all'
+    )
+    sub.add_argument('--camvid', metavar='DIR', help='CamVid-11 to train on; default data/camvid where that is')
+    add_machine_arguments(sub)
+    add_peer_argument(sub)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     args.device = args.device or get_device()
+    args.command = shlex.join(['python', 'tools/benchmark.py', *argv])
     try:
         found = benchmark.environment(args.device, args.threads)
         measure = args.prepare(args)
     except ValueError as error:
         args.parser.error(str(error))
-    benchmark.print_header(found, shlex.join(['python', 'tools/benchmark.py', *argv]))
-    measure(found)
+    benchmark.print_header(found, args.command)
+    return measure(found)
 
 
 if __name__ == '__main__':

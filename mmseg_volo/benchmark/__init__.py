@@ -18,6 +18,8 @@ from .prediction import measure_memory
 from .reporting import print_header
 from .saving import SaveCase, measure_saving
 from .scaling import measure_scaling, sizes_of
+from .suite import Plan, run_suite
+from .suite_parts import PARTS, find_camvid
 from .training import TrainCase, measure_train
 
 __all__ = [
@@ -25,18 +27,21 @@ __all__ = [
     'MODES',
     'NETWORKS',
     'OPTIONS',
+    'PARTS',
     'RUNS',
     'SIDES',
     'BackboneCase',
     'Case',
     'ModelCase',
     'OpCase',
+    'Plan',
     'SaveCase',
     'TrainCase',
     'build',
     'copy_weights',
     'draw',
     'environment',
+    'find_camvid',
     'measure_backbone',
     'measure_inference',
     'measure_memory',
@@ -49,6 +54,7 @@ __all__ = [
     'prepare',
     'print_header',
     'ready',
+    'run_suite',
     'sizes_of',
     'view_pixels',
 ]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -46,8 +47,8 @@ class BackboneCase(BatchCase):
 
 
 def measure_backbone(
-    cases: Sequence[BackboneCase], rounds: int, memory: bool, out: Path, environment: dict, with_compiled: bool = True
-) -> list[dict]:
+    cases: Sequence[BackboneCase], rounds: int, memory: bool, out: Path, environment: dict, compile_seconds: float = inf
+) -> None:
     """Measure each case; the table, the CSV file and the figure go to ``out``.
 
     Args:
@@ -56,14 +57,12 @@ def measure_backbone(
         memory: whether it is measured: on a CPU in a process for each side, without the compiled one.
         out: folder.
         environment: of :func:`~mmseg_volo.benchmark.measuring.environment`.
-        with_compiled: beside stock also stock through ``torch.compile``, where that runs.
-
-    Returns:
-        The rows of the table.
+        compile_seconds: beside stock, stock through ``torch.compile`` is measured, unless compiling takes longer; 0
+            leaves it out.
     """
     rows = []
     for case in cases:
-        row = {**columns_of(case), **_compare(case, rounds, memory, with_compiled)}
+        row = {**columns_of(case), **compare(case, rounds, memory, compile_seconds)}
         if memory and not in_process(case.device):
             row.update(memory_columns({side: memory_of(forward_steps, case, side) for side in SIDES}))
         rows.append({**row, **environment})
@@ -73,21 +72,19 @@ def measure_backbone(
     print_sides(rows, labels, {'largest difference': '{largest_difference:.2g}'}, memory)
     print('largest difference: of the four maps, relative to the largest value of a map')
     plot_sides(rows, labels, out / 'backbone.png')
-    return rows
 
 
-def _compare(case: BackboneCase, rounds: int, memory: bool = False, with_compiled: bool = False) -> dict:
-    models, x = {side: _build(case, side) for side in SIDES}, noise(case)
-    models['stock'].load_backbone(models['ours'].state_dict())
-    calls = {side: partial(_maps, _ready(model, case, side), case, x) for side, model in models.items()}
+def compare(case: BackboneCase, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
+    models, x = build_backbones(case), noise(case)
+    calls = {side: partial(run, model, case, x) for side, model in models.items()}
     missing: str | None = NOT_ASKED
-    if with_compiled:
+    if compile_seconds:
 
         def peer() -> Callable[[], tuple[Tensor, ...]]:
             models[COMPILED] = compiled(models['stock'])
-            return partial(_maps, models[COMPILED], case, x)
+            return partial(run, models[COMPILED], case, x)
 
-        calls, missing = add_compiled(calls, peer, str(case))
+        calls, missing = add_compiled(calls, peer, str(case), compile_seconds)
     repeats = {side: repeats_for(call, case.device) for side, call in calls.items()}
     found = {}
     if memory and in_process(case.device):
@@ -97,6 +94,13 @@ def _compare(case: BackboneCase, rounds: int, memory: bool = False, with_compile
     differences = [((own - stock).abs().max() / stock.abs().max()).item() for stock, own in pairs]
     differing = {'largest_difference': max(differences)}
     return {'rounds': rounds, **columns_of_sides(seconds, missing), **differing, **memory_columns(found)}
+
+
+def build_backbones(case: BackboneCase) -> dict[str, nn.Module]:
+    """Both sides with the same weights, on the case's device, in eval mode."""
+    models = {side: _build(case, side) for side in SIDES}
+    models['stock'].load_backbone(models['ours'].state_dict())
+    return {side: _ready(model, case, side) for side, model in models.items()}
 
 
 def _build(case: BackboneCase, side: str) -> VOLO | TimmVOLO:
@@ -115,7 +119,7 @@ def _ready(model: nn.Module, case: BackboneCase, side: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _maps(model: nn.Module, case: BackboneCase, x: Tensor) -> tuple[Tensor, ...]:
+def run(model: nn.Module, case: BackboneCase, x: Tensor) -> tuple[Tensor, ...]:
     with autocast(case.precision, case.device):
         return model(x)
 
@@ -128,4 +132,4 @@ def forward_steps(case: BackboneCase, side: str) -> Iterator[None]:
     yield
     x = noise(case)
     yield
-    _maps(model, case, x)
+    run(model, case, x)

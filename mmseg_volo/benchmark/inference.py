@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +27,16 @@ from .reporting import NOT_ASKED, columns_of_sides, plot_sides, print_sides, wri
 
 
 def measure_inference(
-    cases: Sequence[Case], rounds: int, memory: bool, out: Path, environment: dict, with_compiled: bool = True
-) -> list[dict]:
-    """Measure each case, and return the rows of the table; as :func:`~.backbone.measure_backbone`.
+    cases: Sequence[Case], rounds: int, memory: bool, out: Path, environment: dict, compile_seconds: float = inf
+) -> None:
+    """Measure each case; as :func:`~.backbone.measure_backbone`.
 
     Memory is that of the picture, and besides that of the same picture in one view.
     """
     rows = []
     for case in cases:
         picture = draw(case.size)
-        row = {**columns_of(case), **compare(case, picture, rounds, memory, with_compiled)}
+        row = {**columns_of(case), **compare(case, picture, rounds, memory, compile_seconds)}
         if memory and not in_process(case.device):
             found = {side: measure_memory(case, side, picture) for side in SIDES}
             one = replace(case, views=1)
@@ -50,7 +51,6 @@ def measure_inference(
     )
     print_sides(rows, labels, {'equal pixels': '{equal_pixels:.3%}'}, memory, runs)
     plot_sides(rows, labels, out / 'inference.png')
-    return rows
 
 
 def _one_view_columns(found: dict[str, Memory]) -> dict[str, float | None]:
@@ -60,7 +60,7 @@ def _one_view_columns(found: dict[str, Memory]) -> dict[str, float | None]:
     return columns
 
 
-def compare(case: Case, picture: np.ndarray, rounds: int, memory: bool = False, with_compiled: bool = False) -> dict:
+def compare(case: Case, picture: np.ndarray, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
     """Time the sides in turns, and compare what they predict; on a GPU also measure their memory."""
     models, data = build_both(case, picture), prepare(picture, case.views)
     here = memory and in_process(case.device)
@@ -75,14 +75,14 @@ def compare(case: Case, picture: np.ndarray, rounds: int, memory: bool = False, 
         else:
             first()
     missing: str | None = NOT_ASKED
-    if with_compiled:
+    if compile_seconds:
 
         def peer() -> Callable[[], Tensor]:
             models[COMPILED] = compiled(models['stock'])
             warm_up(models[COMPILED], case, COMPILED, picture)
             return partial(predict, models[COMPILED], case, COMPILED, data)
 
-        calls, missing = add_compiled(calls, peer, label(columns_of(case)))
+        calls, missing = add_compiled(calls, peer, label(columns_of(case)), compile_seconds)
     if here and COMPILED in calls:
         found[COMPILED] = memory_here(calls[COMPILED], case.device, models[COMPILED])
     seconds, maps = take_turns(calls, rounds, case.device, label(columns_of(case)))

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from .reporting import progress
 
 # Seconds that a timed round of short calls takes at least: the clock, and whatever else runs, then weigh little.
 _LEAST_ROUND = 0.05
+_TOO_LONG = 'compiling takes longer than there is time'
 
 # The machine
 
@@ -143,7 +145,7 @@ def repeats_for(call: Callable[[], Any], device: str) -> int:
 
 
 def add_compiled(
-    calls: dict[str, Callable[[], Any]], make: Callable[[], Callable[[], Any]], label: str
+    calls: dict[str, Callable[[], Any]], make: Callable[[], Callable[[], Any]], label: str, seconds: float = math.inf
 ) -> tuple[dict[str, Callable[[], Any]], str | None]:
     """The calls of all sides with the compiled peer between them, which is called once.
 
@@ -151,6 +153,7 @@ def add_compiled(
         calls: of stock and ours.
         make: builds the compiled peer and returns its call.
         label: of the line that says why it is missing.
+        seconds: that compiling may take.
 
     Returns:
         The calls, and None or the reason why there is no compiled peer: a compiler that is not there or fails never
@@ -158,8 +161,9 @@ def add_compiled(
     """
     torch.compiler.reset()  # what earlier cases compiled counts towards a limit, over which code runs uncompiled
     try:
-        call = make()
-        call()
+        with time_limit(seconds):
+            call = make()
+            call()
     except Exception as error:
         reason = why_not_compiled(error)
         progress(f'{label}: no compiled peer: {reason}')
@@ -167,9 +171,30 @@ def add_compiled(
     return {'stock': calls['stock'], COMPILED: call, **calls}, None
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in the midst of what takes longer, where the system has signals."""
+    if math.isinf(seconds) or not hasattr(signal, 'setitimer'):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(_TOO_LONG)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 5)  # and again, should somebody have caught it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def why_not_compiled(error: Exception) -> str:
     """In one line."""
     text = str(error)
+    if _TOO_LONG in text:  # whatever the compiler has made of the TimeoutError
+        return _TOO_LONG
     if 'C++ compiler' in text or 'CxxCompiler' in text:
         return 'needs a C++ compiler'
     lines = [line.strip() for line in text.splitlines() if line.strip()]

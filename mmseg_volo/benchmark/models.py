@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import inf
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -31,6 +32,7 @@ from .measuring import (
     memory_of,
     repeats_for,
     take_turns,
+    time_limit,
     why_not_compiled,
 )
 from .peer import compiled, segmentor
@@ -109,33 +111,44 @@ class ModelCase(BatchCase):
     run: str = 'logits'
 
 
-def measure_models(cases: Sequence[ModelCase], rounds: int, memory: bool, out: Path, environment: dict) -> list[dict]:
-    """Measure the cases, and return the rows of the table; those that differ by their model alone take turns.
+def measure_models(cases: Sequence[ModelCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
+    """Measure the cases; those that differ by their model alone take turns.
 
     The table, the CSV file and the figure go to ``out``.
     """
     rows = []
     for _, group in groupby(cases, lambda case: (case.size, case.batch, case.precision, case.run)):
-        for row, case in _compare(list(group), rounds, memory):
+        for row, case in compare(list(group), rounds, memory):
             if memory and not in_process(case.device):
                 row.update(memory_of(forward_steps, case).columns())
             rows.append({**row, **environment})
             write_csv(out / 'models.csv', rows)
     _print(rows, memory)
     _plot(rows, out / 'models.png')
-    return rows
 
 
-def _compare(cases: Sequence[ModelCase], rounds: int, memory: bool = False) -> list[tuple[dict, ModelCase]]:
-    """A row for each case, with its speed beside the first one's; the compiled peer only where it runs."""
+def compare(
+    cases: Sequence[ModelCase],
+    rounds: int,
+    memory: bool = False,
+    compile_seconds: float = inf,
+    built: dict[str, EncoderDecoder] | None = None,
+) -> list[tuple[dict, ModelCase]]:
+    """A row for each case, with its speed beside the first one's; the compiled peer only where it runs.
+
+    Networks are taken from ``built``, by name, and put there.
+    """
     first, x = cases[0], noise(cases[0])
     models, calls, found = {}, {}, {}
-    torch.compiler.reset()  # see add_compiled
+    built = {} if built is None else built
     for case in cases:
         try:
-            model = build_network(case)
-            call = partial(_run, model, case, x)
-            call()
+            with time_limit(compile_seconds if case.model == COMPILED else inf):
+                if case.model not in built:
+                    built[case.model] = build_network(case)
+                model = built[case.model]
+                call = partial(_run, model, case, x)
+                call()
         except Exception as error:
             if case.model != COMPILED:
                 raise
@@ -171,7 +184,10 @@ def build_network(case: ModelCase) -> EncoderDecoder:
         head.update(network.head, loss_decode=dict(type='CrossEntropyLoss'))
         model = EncoderDecoder(network.backbone, head, test_cfg=ConfigDict(mode='whole'))
     model = model.to(case.device).eval()
-    return compiled(model) if case.model == COMPILED else model
+    if case.model != COMPILED:
+        return model
+    torch.compiler.reset()  # see add_compiled
+    return compiled(model)
 
 
 @torch.no_grad()

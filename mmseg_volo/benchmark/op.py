@@ -175,7 +175,7 @@ def measure_op(
     out: Path,
     environment: dict,
     with_compiled: bool = True,
-) -> list[dict]:
+) -> None:
     """Time, bandwidth and error of each implementation in each case; what cannot run is reported and left out.
 
     The definition is always among them, and with ``with_compiled`` the definition through ``torch.compile``.
@@ -184,14 +184,14 @@ def measure_op(
     copied = copy_gb_per_s(environment['device'], rounds)
     rows = []
     for case in cases:
-        rows += [{**row, **environment} for row in _rows(case, implementations, rounds, copied)]
+        rows += [{**row, **environment} for row in compare(case, implementations, rounds, copied)]
         write_csv(out / 'op.csv', rows)
     _print(rows)
     _plot(rows, out / 'op.png')
-    return rows
 
 
-def _rows(case: OpCase, implementations: Sequence[str], rounds: int, copied: float) -> list[dict]:
+def compare(case: OpCase, implementations: Sequence[str], rounds: int, copied: float) -> list[dict]:
+    """A row for each implementation that runs here, the first of which is :data:`BASELINE`."""
     sets = [draw_inputs(case, 0)]
     if torch.device(case.device).type != 'cpu':
         sets += [draw_inputs(case, seed) for seed in range(1, int(_ROTATED // sets[0].nbytes) + 1)]

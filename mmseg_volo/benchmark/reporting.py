@@ -21,11 +21,11 @@ MEMORY_AXES = dict(growth='peak memory above the built model (MB)', peak='peak m
 
 
 class Spread(NamedTuple):
-    """Median, least and greatest of the rounds."""
+    """Median, least and greatest of the rounds; None where nothing was measured."""
 
-    median: float
-    least: float
-    greatest: float
+    median: float | None
+    least: float | None
+    greatest: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> 'Spread':
@@ -42,8 +42,12 @@ class Spread(NamedTuple):
         if self.median is None:
             return '–'
         if self.least == self.greatest:
-            return f'{self.median:.3g}'
-        return f'{self.median:.3g} ({self.least:.3g}–{self.greatest:.3g})'
+            return _three_digits(self.median)
+        return f'{_three_digits(self.median)} ({_three_digits(self.least)}–{_three_digits(self.greatest)})'
+
+
+def _three_digits(value: float) -> str:
+    return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
 
 
 NO_SPREAD = Spread(None, None, None)

@@ -7,6 +7,7 @@ pass and AdamW.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -87,12 +88,12 @@ class Trainer:
 
 
 def measure_train(
-    cases: Sequence[TrainCase], rounds: int, memory: bool, out: Path, environment: dict, with_compiled: bool = True
-) -> list[dict]:
-    """Measure each case, and return the rows of the table; as :func:`~.backbone.measure_backbone`."""
+    cases: Sequence[TrainCase], rounds: int, memory: bool, out: Path, environment: dict, compile_seconds: float = inf
+) -> None:
+    """Measure each case; as :func:`~.backbone.measure_backbone`."""
     rows = []
     for case in cases:
-        row = {**columns_of(case), **_compare(case, rounds, memory, with_compiled)}
+        row = {**columns_of(case), **compare(case, rounds, memory, compile_seconds)}
         if memory and not in_process(case.device):
             row.update(memory_columns({side: memory_of(training_steps, case, side) for side in SIDES}))
         rows.append({**row, **environment})
@@ -101,10 +102,9 @@ def measure_train(
     print(f'{rows[0]["height"]} x {rows[0]["width"]} pixels; median (least–greatest) of {rounds}')
     print_sides(rows, labels, {'first loss, stock': '{stock_loss:.5f}', 'first loss, ours': '{ours_loss:.5f}'}, memory)
     plot_sides(rows, labels, out / 'train.png')
-    return rows
 
 
-def _compare(case: TrainCase, rounds: int, memory: bool = False, with_compiled: bool = False) -> dict:
+def compare(case: TrainCase, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
     trainers = trainers_of(case)
     calls = {side: trainer.step for side, trainer in trainers.items()}
     missing: str | None = NOT_ASKED
@@ -115,7 +115,7 @@ def _compare(case: TrainCase, rounds: int, memory: bool = False, with_compiled: 
         first[f'{side}_loss'] = calls[side]().item()
         calls[side]()  # the first one has also made the optimizer's state
 
-    if with_compiled:
+    if compile_seconds:
 
         def peer() -> Callable[[], Tensor]:
             trainers[COMPILED] = Trainer(compiled(trainers['stock'].model), case)
@@ -123,7 +123,7 @@ def _compare(case: TrainCase, rounds: int, memory: bool = False, with_compiled: 
             calls[COMPILED] = trainers[COMPILED].step
             return partial(begin, COMPILED)
 
-        _, missing = add_compiled({'stock': calls['stock']}, peer, str(case))
+        _, missing = add_compiled({'stock': calls['stock']}, peer, str(case), compile_seconds)
         if missing:
             calls.pop(COMPILED, None)
     for side in SIDES:
