@@ -54,12 +54,12 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def run(*arguments) -> None:
-    """The tool, in this process: importing PyTorch and mmseg takes longer than the figures."""
+def run(*arguments) -> int | None:
+    """The tool, in this process, and its status: importing PyTorch and mmseg takes longer than the figures."""
     spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / 'tools/benchmark.py')
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    tool.main([str(argument) for argument in arguments])
+    return tool.main([str(argument) for argument in arguments])
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -108,7 +108,7 @@ class _Process:
 
     def __init__(self, function: Callable, plan: Plan, section: Path, log: Path):
         self.section, self.log = section, log
-        task = section.with_suffix('.pkl')
+        self._ready, task = section.with_suffix('.ready'), section.with_suffix('.pkl')
         task.write_bytes(pickle.dumps((function, plan, section)))
         code = 'import sys; from mmseg_volo.benchmark.suite import child; sys.exit(child(sys.argv[1]))'
         with log.open('w', encoding='utf-8') as output:
@@ -119,6 +119,11 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # with all that it starts it can be ended as one
             )
+
+    def wait_until_ready(self, end: float) -> None:
+        """Until it has imported what it needs, which the clock of its part does not count, or is no more."""
+        while not self._ready.is_file() and self._process.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
 
     def begin(self, seconds: float) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -149,6 +154,7 @@ class _Process:
 def child(path: str) -> int:
     """The process of a part: 0 if all is well."""
     function, plan, section = pickle.loads(Path(path).read_bytes())
+    section.with_suffix('.ready').touch()
     line = sys.stdin.readline()
     if not line:  # nobody waits for it any more
         return 1
@@ -216,6 +222,7 @@ class _Suite:
         return process
 
     def _finish(self, part: Part, process: _Process, end: float, shares: float) -> _Result:
+        process.wait_until_ready(end)
         left = end - time.monotonic()
         limit = min(left * part.share / shares, left - _GRACE) if left > 2 * _GRACE else left
         if limit < _LEAST:
