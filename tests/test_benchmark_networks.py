@@ -89,8 +89,8 @@ def test_the_ways_of_running_give_the_same_classes(monkeypatch):
     case = ModelCase(size=(64, 96))
     model, x = models.build_network(case), models.noise(case)
     seen = []
-    run_windows = model.network._run
-    monkeypatch.setattr(model.network, '_run', lambda windows: seen.append(run_windows(windows)) or seen[-1])
+    forward = model.network._forward
+    monkeypatch.setattr(model.network, '_forward', lambda windows: seen.append(forward(windows)) or seen[-1])
     for way in models.RUNS:
         models._run(model, replace(case, run=way), x)
     expected = model(x, mode='tensor')

@@ -14,6 +14,7 @@ from .cases import COMPILED, SIDES, BatchCase, columns_of
 from .measuring import (
     add_compiled,
     autocast,
+    forget_compiled,
     in_process,
     memory_columns,
     memory_here,
@@ -75,6 +76,7 @@ def measure_backbone(
 
 
 def compare(case: BackboneCase, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
+    forget_compiled()
     models, x = build_backbones(case), noise(case)
     calls = {side: partial(run, model, case, x) for side, model in models.items()}
     missing: str | None = NOT_ASKED

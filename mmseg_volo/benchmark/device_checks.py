@@ -485,6 +485,30 @@ def _options(place: Place) -> tuple[bool, str]:
     return fine, 'equal pixels: ' + ', '.join(texts)
 
 
+@check('prediction: CUDA graphs, as without them, also after the weights have changed')
+def _graphs(place: Place) -> tuple[bool, str]:
+    place.need_cuda()
+    case, models = place.pair
+    model, data = models['ours'].module, prepare(draw(case.size), 1)
+    call = partial(predict, model, case, 'ours', data)
+    before = dict(model.test_cfg)
+    model.test_cfg.precision = 'bf16'
+    last, equal = model.decode_head.conv_seg.weight.data, []
+    weights = last.clone()
+    try:
+        for factor in (1.0, -1.0):
+            last.mul_(factor)
+            model.test_cfg.cuda_graph = False
+            wanted = call()
+            model.test_cfg.cuda_graph = True
+            equal += [(call() == wanted).double().mean().item() for _ in range(4)]
+    finally:
+        last.copy_(weights)
+        model.test_cfg.clear()
+        model.test_cfg.update(before)
+    return min(equal) > 0.9995, f'{len(equal)} predictions, {min(equal):.3%} or more of the pixels equal'
+
+
 @check('prediction: pictures of several sizes in a row, the same bits again')
 def _sizes(place: Place) -> tuple[bool, str]:
     sizes = ((384, 640), (300, 420), (512, 333), (256, 256)) if place.cuda else ((64, 128), (70, 90))

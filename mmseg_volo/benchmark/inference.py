@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from .cases import COMPILED, SIDES, Case, columns_of
 from .measuring import (
     NOT_MEASURED,
+    UNTIL_GRAPHS,
     Memory,
     add_compiled,
+    forget_compiled,
     in_process,
     larger,
     memory_columns,
     memory_here,
+    repeat,
     take_turns,
 )
 from .peer import build_both, compiled
@@ -62,6 +65,7 @@ def _one_view_columns(found: dict[str, Memory]) -> dict[str, float | None]:
 
 def compare(case: Case, picture: np.ndarray, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
     """Time the sides in turns, and compare what they predict; on a GPU also measure their memory."""
+    forget_compiled()
     models, data = build_both(case, picture), prepare(picture, case.views)
     here = memory and in_process(case.device)
     found: dict[str, Memory] = {}
@@ -95,4 +99,7 @@ def compare(case: Case, picture: np.ndarray, rounds: int, memory: bool = False, 
 def _memory_of_one_view(models: dict[str, nn.Module], case: Case, picture: np.ndarray) -> dict[str, Memory]:
     one, data = replace(case, views=1), prepare(picture, 1)
     calls = {side: partial(predict, models[side].module, one, side, data) for side in SIDES}
-    return {side: memory_here(call, case.device, models[side]) for side, call in calls.items()}
+    return {
+        side: memory_here(partial(repeat, call, UNTIL_GRAPHS), case.device, models[side])
+        for side, call in calls.items()
+    }

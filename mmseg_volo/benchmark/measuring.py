@@ -27,6 +27,8 @@ from .reporting import progress
 
 # Seconds that a timed round of short calls takes at least: the clock, and whatever else runs, then weigh little.
 _LEAST_ROUND = 0.05
+# Predictions of a picture until all CUDA graphs are there: a batch's shape gets one when it comes for the third time.
+UNTIL_GRAPHS = 4
 _TOO_LONG = 'compiling takes longer than there is time'
 
 # The machine
@@ -122,14 +124,15 @@ def take_turns(
     results: dict[str, Any] = {}
     for i in range(rounds):
         for side in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            spent, results[side] = timed(partial(_repeat, calls[side], repeats[side]), device)
+            spent, results[side] = timed(partial(repeat, calls[side], repeats[side]), device)
             seconds[side].append(spent / repeats[side])
         taken = ', '.join(f'{side} {seconds[side][-1]:.3g} s' for side in calls)
         progress(f'{label}: round {i + 1} of {rounds}: {taken}')
     return seconds, results
 
 
-def _repeat(call: Callable[[], Any], times: int) -> Any:
+def repeat(call: Callable[[], Any], times: int) -> Any:
+    """What the last of so many calls returns."""
     for _ in range(times - 1):
         call()
     return call()
@@ -139,7 +142,7 @@ def repeats_for(call: Callable[[], Any], device: str) -> int:
     """How many calls a timed round needs to be long enough; warms the call up."""
     call()
     times = 1
-    while (spent := timed(partial(_repeat, call, times), device)[0]) < _LEAST_ROUND:
+    while (spent := timed(partial(repeat, call, times), device)[0]) < _LEAST_ROUND:
         times *= min(max(math.ceil(1.2 * _LEAST_ROUND / max(spent, 1e-9)), 2), 100)
     return times
 
@@ -159,7 +162,6 @@ def add_compiled(
         The calls, and None or the reason why there is no compiled peer: a compiler that is not there or fails never
         stops a table.
     """
-    torch.compiler.reset()  # what earlier cases compiled counts towards a limit, over which code runs uncompiled
     try:
         with time_limit(seconds):
             call = make()
@@ -178,23 +180,37 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
         return
 
+    fired = False
+
     def stop(*_: Any) -> None:
+        nonlocal fired
+        fired = True
         raise TimeoutError(_TOO_LONG)
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 5)  # and again, should somebody have caught it
     try:
         yield
+    except Exception as error:
+        if fired:  # whatever the compiler has made of it
+            raise TimeoutError(_TOO_LONG) from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
+def forget_compiled() -> None:
+    """To be called before a case: what earlier ones have compiled counts towards a limit of PyTorch's, over which code
+    runs uncompiled."""
+    torch.compiler.reset()
+
+
 def why_not_compiled(error: Exception) -> str:
     """In one line."""
     text = str(error)
-    if _TOO_LONG in text:  # whatever the compiler has made of the TimeoutError
-        return _TOO_LONG
+    if text == _TOO_LONG:
+        return text
     if 'C++ compiler' in text or 'CxxCompiler' in text:
         return 'needs a C++ compiler'
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -26,10 +26,13 @@ from ..segmentors import StreamingEncoderDecoder
 from .cases import BatchCase, columns_of
 from .measuring import (
     NOT_MEASURED,
+    UNTIL_GRAPHS,
     autocast,
+    forget_compiled,
     in_process,
     memory_here,
     memory_of,
+    repeat,
     repeats_for,
     take_turns,
     time_limit,
@@ -146,8 +149,12 @@ def compare(
             with time_limit(compile_seconds if case.model == COMPILED else inf):
                 if case.model not in built:
                     built[case.model] = build_network(case)
-                model = built[case.model]
+                # Nothing that other cases have left there, as CUDA graphs.
+                model = built[case.model].eval()
                 call = partial(_run, model, case, x)
+                if case.model == 'volo-d1' and memory and in_process(case.device):
+                    calls_until_graph = partial(repeat, call, UNTIL_GRAPHS)
+                    found[case.model] = memory_here(calls_until_graph, case.device, model, x)
                 call()
         except Exception as error:
             if case.model != COMPILED:
@@ -155,7 +162,7 @@ def compare(
             progress(f'{case.model}: does not run here: {why_not_compiled(error)}')
             continue
         models[case.model], calls[case.model] = model, call
-        if memory and in_process(case.device):
+        if memory and in_process(case.device) and case.model not in found:
             found[case.model] = memory_here(call, case.device, model, x)
     repeats = {name: repeats_for(call, first.device) for name, call in calls.items()}
     label = f'batch {first.batch}, {first.precision}'
@@ -186,7 +193,7 @@ def build_network(case: ModelCase) -> EncoderDecoder:
     model = model.to(case.device).eval()
     if case.model != COMPILED:
         return model
-    torch.compiler.reset()  # see add_compiled
+    forget_compiled()
     return compiled(model)
 
 
@@ -195,8 +202,9 @@ def _run(model: EncoderDecoder, case: ModelCase, x: Tensor) -> None:
     """As ``case.run`` says; nothing is returned, since the logits of all models together are large."""
     ours = isinstance(model, StreamingEncoderDecoder)
     if ours and case.run == 'network':
-        with model.network.running():
-            model.network._run(x)
+        network = model.network
+        with network.running():
+            network.run(list(x)) if hasattr(network, 'run') else network._run(x)
     elif ours and case.run == 'predict':
         model.predict(x)
     else:

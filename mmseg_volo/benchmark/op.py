@@ -15,7 +15,7 @@ from ..ops import outlook_attention
 from ..segmentors import PRECISIONS
 from ..volo import ARCHS, OUTLOOK, PATCH
 from .cases import check_device
-from .measuring import repeats_for, take_turns, why_not_compiled
+from .measuring import forget_compiled, repeats_for, take_turns, why_not_compiled
 from .reporting import NO_SPREAD, Spread, figure, mb, print_table, progress, times_faster, write_csv
 
 BASELINE = 'reference'
@@ -196,7 +196,7 @@ def compare(case: OpCase, implementations: Sequence[str], rounds: int, copied: f
     if torch.device(case.device).type != 'cpu':
         sets += [draw_inputs(case, seed) for seed in range(1, int(_ROTATED // sets[0].nbytes) + 1)]
     calls = {}
-    torch.compiler.reset()  # see add_compiled
+    forget_compiled()
     for impl in dict.fromkeys(implementations):
         try:
             run(case, impl, sets[0])

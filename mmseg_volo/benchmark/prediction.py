@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .cases import COMPILED, Case
-from .measuring import Memory, autocast, memory_of
+from .measuring import UNTIL_GRAPHS, Memory, autocast, memory_of
 from .peer import build, compiled, ready
 from .pictures import prepare
 
@@ -27,7 +27,9 @@ def predict(model: nn.Module, case: Case, side: str, data: dict) -> Tensor:
 def warm_up(model: nn.Module, case: Case, side: str, picture: np.ndarray) -> None:
     """One window; the whole picture where kernels are compiled or chosen by shape."""
     if case.compile or side == COMPILED or torch.device(case.device).type != 'cpu':
-        predict(model, case, side, prepare(picture, case.views))
+        data = prepare(picture, case.views)
+        for _ in range(1 if side != 'ours' else UNTIL_GRAPHS):
+            predict(model, case, side, data)
         return
     data = prepare(picture[: case.window, : case.window], case.views)
     if case.views > 1:  # the picture as it is

@@ -41,7 +41,7 @@ class Profile(NamedTuple):
     lines: list[Line]
 
 
-def profile_call(call: Callable[[], Any], device: str, rows: int = 15, warm: int = 2) -> Profile:
+def profile_call(call: Callable[[], Any], device: str, rows: int = 15, warm: int = 3) -> Profile:
     """Profile a call, after ``warm`` others; ``rows`` kernels or operators that take longest."""
     for _ in range(warm):
         call()

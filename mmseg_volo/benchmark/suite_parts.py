@@ -425,7 +425,7 @@ def camvid(task: Task) -> None:
         task.write('Skipped: needs configs/ of a clone of the repository.')
         return
     step, crop, batch = _camvid_step(plan)
-    seconds = 0.75 * task.left() - 10 if not plan.tiny else 1
+    seconds = 0.75 * task.left() - 10 if not plan.tiny else 60
     iterations = max(int(seconds / (1.3 * step)), 2) if not plan.tiny else 2
     if seconds < 5 and not plan.tiny:
         task.write('No time left.')

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from ..data.street_drawing import draw_scene
 from .cases import COMPILED, SIDES, BatchCase, columns_of
-from .measuring import add_compiled, autocast, in_process, memory_columns, memory_here, memory_of, take_turns
+from .measuring import (
+    add_compiled,
+    autocast,
+    forget_compiled,
+    in_process,
+    memory_columns,
+    memory_here,
+    memory_of,
+    take_turns,
+)
 from .peer import compiled, copy_weights, segmentor
 from .reporting import NOT_ASKED, columns_of_sides, plot_sides, print_sides, write_csv
 
@@ -62,8 +71,8 @@ class Trainer:
 
     def __init__(self, model: EncoderDecoder, case: TrainCase):
         self.model, self.case = model.to(case.device).train(), case
-        # As configs/_base_/schedule_160k.py has it.
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, weight_decay=0.01)
+        # As configs/_base_/schedule_160k.py has it; the same on all sides.
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, weight_decay=0.01, fused=True)
         self.scaler = torch.amp.GradScaler(torch.device(case.device).type, enabled=case.precision == 'fp16')
 
     def prepare(self) -> None:
@@ -105,6 +114,7 @@ def measure_train(
 
 
 def compare(case: TrainCase, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
+    forget_compiled()
     trainers = trainers_of(case)
     calls = {side: trainer.step for side, trainer in trainers.items()}
     missing: str | None = NOT_ASKED
