@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import cycle
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from ..ops import outlook_attention
 from ..segmentors import PRECISIONS
 from ..volo import ARCHS, OUTLOOK, PATCH
 from .cases import check_device
-from .measuring import forget_compiled, repeats_for, take_turns, why_not_compiled
+from .measuring import forget_compiled, repeats_for, take_turns, time_limit, why_not_compiled
 from .reporting import NO_SPREAD, Spread, figure, mb, print_table, progress, times_faster, write_csv
 
 BASELINE = 'reference'
@@ -190,7 +191,9 @@ def measure_op(
     _plot(rows, out / 'op.png')
 
 
-def compare(case: OpCase, implementations: Sequence[str], rounds: int, copied: float) -> list[dict]:
+def compare(
+    case: OpCase, implementations: Sequence[str], rounds: int, copied: float, compile_seconds: float = inf
+) -> list[dict]:
     """A row for each implementation that runs here, the first of which is :data:`BASELINE`."""
     sets = [draw_inputs(case, 0)]
     if torch.device(case.device).type != 'cpu':
@@ -199,7 +202,8 @@ def compare(case: OpCase, implementations: Sequence[str], rounds: int, copied: f
     forget_compiled()
     for impl in dict.fromkeys(implementations):
         try:
-            run(case, impl, sets[0])
+            with time_limit(compile_seconds if impl == COMPILED else inf):
+                run(case, impl, sets[0])
         except Exception as error:
             if impl != COMPILED and (impl == BASELINE or not isinstance(error, ValueError)):
                 raise

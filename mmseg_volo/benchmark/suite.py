@@ -212,7 +212,7 @@ class _Suite:
             if self._cuda and i + 1 < len(self.parts):  # imports while this one runs, on cores that are idle
                 waiting = self._start(self.parts[i + 1].name, self.parts[i + 1].run)
             self._results.append(self._finish(part, process, end, sum(p.share for p in self.parts[i:])))
-            self._wait_for(compiling, min(time.monotonic() + self._results[-1].left, end))
+            self._wait_for(compiling, max(time.monotonic() + self._results[-1].left, end - (1 - _AHEAD) * 60 * minutes))
             self.write()
         return 0 if all(result.fine for result in self._results) else 1
 
@@ -260,7 +260,7 @@ class _Suite:
         return processes
 
     def _wait_for(self, processes: list[_Process], until: float) -> None:
-        """Until the first part's time is over: nothing else may run where times are taken."""
+        """Until then, and end them: nothing else may run where times are taken."""
         while processes:
             process = processes.pop()
             status = process.wait(until - time.monotonic())
@@ -292,6 +292,7 @@ class _Suite:
         part.replace(path)
 
 
+_AHEAD = 0.35  # share of the time in which compiling ahead has to come to its end
 _AHEAD_NEEDS = 60e9  # bytes of the device: several networks are there at once
 
 

@@ -85,8 +85,9 @@ def _compile_seconds(task: Task) -> float:
     return _COMPILING * max(task.left(), 0) if task.plan.compiled else 0
 
 
-def _has_time(task: Task, what: str) -> bool:
-    if task.left() > 0:
+def _has_time(task: Task, what: str, seconds: float = 0) -> bool:
+    """Whether there is time for what takes about so many seconds on a GPU; else a row says so."""
+    if task.left() > (0 if task.plan.tiny else seconds):
         return True
     task.row(what, 'no time left')
     return False
@@ -139,26 +140,29 @@ def correctness(task: Task) -> None:
 # Speed
 
 
+def _op_cases(plan: Plan) -> list[OpCase]:
+    shapes = [('d1', 64, 1, 'fp32')] if plan.tiny else [('d4', 1024, 4, 'bf16'), ('d1', 512, 1, 'bf16')]
+    return [OpCase(*shape, mode, plan.device) for shape in shapes for mode in op.MODES]
+
+
 def operation(task: Task) -> None:
     plan = task.plan
-    shapes = [('d1', 64, 1, 'fp32')] if plan.tiny else [('d4', 1024, 4, 'bf16'), ('d1', 512, 1, 'bf16')]
     found, rows = environment(plan.device, plan.threads), []
     copied = op.copy_gb_per_s(plan.device, 2)
     task.write(f'Outlook attention alone; a copy moves {copied:,.0f} GB/s. ms, median (least–greatest).')
     task.table('what', 'implementation', 'ms', 'times unfold/fold', 'times compiled', 'of a copy', 'memory', 'goals')
     implementations = [op.BASELINE, *[op.COMPILED] * plan.compiled, 'fused']
-    for (arch, image, batch, precision), mode in ((shape, mode) for shape in shapes for mode in op.MODES):
-        case = OpCase(arch, image, batch, precision, mode, plan.device)
+    for case in _op_cases(plan):
         if not _has_time(task, str(case)):
             continue
         with _row(task, str(case)):
-            of_case = op.compare(case, implementations, _rounds(task), copied)
+            of_case = op.compare(case, implementations, _rounds(task), copied, _compile_seconds(task))
             rows += [{**row, **found} for row in of_case]
             write_csv(plan.out / 'op.csv', rows)
             for row in of_case:
                 goals = []
-                if row['impl'] == 'fused' and (arch, image) != ('d1', 512):
-                    times, copy, memory = (8, 0.7, None) if mode == 'forward' else (6, 0.5, 0.35)
+                if row['impl'] == 'fused' and case.image != 512:
+                    times, copy, memory = (8, 0.7, None) if case.mode == 'forward' else (6, 0.5, 0.35)
                     goals = [_goal(task, row['times_faster'], '× unfold/fold', least=times)]
                     goals.append(_goal(task, row['share_of_copy'], 'of a copy', least=copy))
                     if memory:
@@ -184,7 +188,7 @@ def backbones(task: Task) -> None:
     _sides_table(task)
     for case in _backbone_cases(task.plan):
         what = f'{case}, {case.size[0]} x {case.size[1]}'
-        if not _has_time(task, what):
+        if not _has_time(task, what, 8):
             continue
         with _row(task, what):
             result = backbone.compare(case, _rounds(task), True, _compile_seconds(task))
@@ -235,10 +239,11 @@ def whole_pictures(task: Task) -> None:
     for case in _inference_cases(task.plan):
         views = 'one view' if case.views == 1 else f'{case.views} views'
         what = f'VOLO-{case.arch.upper()}, {case.size[0]} x {case.size[1]}, {views}, {case.precision}'
-        if not _has_time(task, what):
+        large = case.arch != 'd1'
+        if not _has_time(task, what, 25 if large else 8):
             continue
         with _row(task, what):
-            rounds = min(_rounds(task), 3)
+            rounds = min(_rounds(task), 2 if large else 3)
             result = inference.compare(case, draw(case.size), rounds, True, _compile_seconds(task))
             row = {**columns_of(case), **result, **found}
             rows.append(row)
@@ -274,7 +279,7 @@ def other_networks(task: Task) -> None:
     task.write(f'With UPerHead and {models.CLASSES} classes, {size[0]} x {size[1]}, random weights.')
     task.table('network', 'run', 'batch', 'images/s', 'times faster than volo-d1', 'peak GB', 'goal')
     for batch, (run, names) in ((batch, item) for batch in batches for item in runs.items()):
-        if not _has_time(task, f'{run}, batch {batch}'):
+        if not _has_time(task, f'{run}, batch {batch}', 3):
             continue
         with _row(task, f'{run}, batch {batch}'):
             shared = dict(size=size, batch=batch, precision=precision, device=plan.device, threads=plan.threads)
@@ -333,7 +338,7 @@ def large_training(task: Task) -> None:
 def profiles(task: Task) -> None:
     calls = {'backbone': _backbone_call, 'training step': _training_call, 'prediction': _prediction_call}
     for name, make in calls.items():
-        if task.left() <= 0:
+        if task.left() <= (0 if task.plan.tiny else 6):
             task.write('', f'{name}: no time left.')
             continue
         what, call = make(task.plan)
@@ -493,6 +498,11 @@ def _camvid_step(plan: Plan) -> tuple[float, tuple[int, int], int]:
 # What is compiled ahead
 
 
+def compile_operation(plan: Plan) -> None:
+    for case in _op_cases(plan):
+        op.run(case, op.COMPILED, op.draw_inputs(case, 0))
+
+
 def compile_small_backbone(plan: Plan) -> None:
     _exhaust(backbone.forward_steps(_backbone_cases(plan)[0], COMPILED))
 
@@ -532,10 +542,10 @@ def _exhaust(steps: Iterator[None]) -> None:
 
 PARTS = (
     Part('correctness', 'Results on the device', correctness, 25),
-    Part('op', 'Outlook attention', operation, 6),
+    Part('op', 'Outlook attention', operation, 7, (compile_operation,)),
     Part('backbone', 'Backbone', backbones, 11, (compile_small_backbone, compile_large_backbone)),
     Part('train', 'Training step', training_step, 10, (compile_training,)),
-    Part('inference', 'Whole pictures', whole_pictures, 16, (compile_small_prediction, compile_large_prediction)),
+    Part('inference', 'Whole pictures', whole_pictures, 22, (compile_small_prediction, compile_large_prediction)),
     Part('models', 'Beside other networks', other_networks, 10, (compile_networks,)),
     Part('profile', 'Profiles', profiles, 8),
     Part('memory', 'Memory of training VOLO-D5', large_training, 5),
