@@ -54,12 +54,12 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def run(*arguments) -> None:
-    """The tool, in this process: importing PyTorch and mmseg takes longer than the figures."""
+def run(*arguments) -> int | None:
+    """The tool, in this process, and its status: importing PyTorch and mmseg takes longer than the figures."""
     spec = importlib.util.spec_from_file_location('benchmark_tool', ROOT / 'tools/benchmark.py')
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    tool.main([str(argument) for argument in arguments])
+    return tool.main([str(argument) for argument in arguments])
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -70,6 +70,11 @@ def rows_of(path: Path) -> list[dict]:
 
 def spread(name: str) -> set[str]:
     return {name, f'{name}_min', f'{name}_max'}
+
+
+TIMES = {name for part in ('stock_s', 'ours_s', 'compiled_s') for name in spread(part)} | {'compiled_missing'}
+TIMES |= {*spread('times_faster'), *spread('times_faster_than_compiled')}
+MEMORY = {f'{side}_{kind}_mb' for side in (*SIDES, 'compiled') for kind in ('growth', 'peak')}
 
 
 @torch.no_grad()
@@ -104,12 +109,11 @@ def test_the_peer_is_the_same_network():
 
 
 def test_inference(tmp_path, capsys):
-    size = ['--size', 64, 72, '--classes', 4, '--rounds', 1]
+    size = ['--size', 64, 72, '--classes', 4, '--rounds', 1, '--no-compiled']
     run('inference', *size, *TINY, '--views', 1, '--out', tmp_path)
     (row,) = rows_of(tmp_path / 'inference.csv')
-    memory = {f'{side}{view}_{kind}_mb' for side in SIDES for view in ('', '_1_view') for kind in ('growth', 'peak')}
-    timed = {'rounds', 'equal_pixels', *spread('stock_s'), *spread('ours_s'), *spread('times_faster')}
-    assert set(row) == CASE | MACHINE | memory | timed
+    memory = {f'{side}_1_view_{kind}_mb' for side in SIDES for kind in ('growth', 'peak')}
+    assert set(row) == CASE | MACHINE | MEMORY | memory | {'rounds', 'equal_pixels'} | TIMES
     assert float(row['equal_pixels']) >= 0.9999 and row['torch'] == torch.__version__
     for side in SIDES:
         growth, peak = float(row[f'{side}_growth_mb']), float(row[f'{side}_peak_mb'])
@@ -123,11 +127,40 @@ def test_inference(tmp_path, capsys):
 
 
 def test_inference_in_low_precision(tmp_path):
-    tiny = '--size', 64, 64, '--classes', 4, '--rounds', 1, '--views', 1, '--no-memory'
+    tiny = '--size', 64, 64, '--classes', 4, '--rounds', 1, '--views', 1, '--no-memory', '--no-compiled'
     run('inference', *tiny, *TINY, '--precision', 'fp32', 'bf16', '--out', tmp_path)
     full, low = rows_of(tmp_path / 'inference.csv')
     assert full['precision'] == 'fp32' and float(full['equal_pixels']) >= 0.9999
     assert low['precision'] == 'bf16' and float(low['equal_pixels']) > 0.5
+
+
+@pytest.mark.parametrize('command', ['inference', 'backbone', 'train'])
+def test_the_compiled_peer_is_a_third_side(command, tmp_path, capsys, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, 'compile', lambda call, **options: compiled.append(options) or call)
+    options = TINY if command == 'inference' else TINY[4:]
+    views = ['--views', 1] if command == 'inference' else []
+    run(command, '--size', 64, 64, '--rounds', 1, *options, *views, '--no-memory', '--out', tmp_path)
+    row = rows_of(tmp_path / f'{command}.csv')[0]
+    assert compiled and all(options == dict(dynamic=False) for options in compiled)
+    assert row['compiled_missing'] == '' and float(row['compiled_s']) > 0
+    faster = float(row['compiled_s']) / float(row['ours_s'])
+    assert float(row['times_faster_than_compiled']) == pytest.approx(faster, rel=1e-3)
+    assert 'times faster than compiled' in capsys.readouterr().out
+    if command == 'train':
+        assert row['compiled_loss'] == row['stock_loss']
+
+
+def test_a_table_goes_on_without_a_compiler(tmp_path, capsys, monkeypatch):
+    def none(call, **options):
+        raise RuntimeError("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found in g++")
+
+    monkeypatch.setattr(torch, 'compile', none)
+    run('backbone', '--size', 64, 64, '--rounds', 1, *TINY[4:], '--no-memory', '--out', tmp_path)
+    (row,) = rows_of(tmp_path / 'backbone.csv')
+    assert row['compiled_missing'] == 'needs a C++ compiler' and row['compiled_s'] == ''
+    assert float(row['times_faster']) > 0 and row['times_faster_than_compiled'] == ''
+    assert 'no compiled peer: needs a C++ compiler' in capsys.readouterr().out
 
 
 def test_scaling(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The benchmark commands for whole networks, tiny: both sides do the same, and the table is complete."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mmseg
@@ -7,18 +8,16 @@ import pytest
 import torch
 import yaml
 from mmengine.config import Config
-from test_benchmark import MACHINE, _one_thread, rows_of, run, spread  # noqa: F401  (the fixture is for all tests)
+from test_benchmark import MACHINE, MEMORY, TIMES, _one_thread, rows_of, run, spread  # noqa: F401  (the fixture is for all tests)
 
 from mmseg_volo.benchmark import NETWORKS, SIDES, BackboneCase, ModelCase, TrainCase, backbone, models, training
 
 TINY = ['--size', 64, 64, '--rounds', 1, '--device', 'cpu', '--threads', 1]
 BATCH = {'height', 'width', 'batch', 'precision', 'rounds'}
-MEMORY = {f'{side}_{kind}_mb' for side in SIDES for kind in ('growth', 'peak')}
-TIMES = {*spread('stock_s'), *spread('ours_s'), *spread('times_faster')}
 
 
 def test_backbone(tmp_path, capsys):
-    run('backbone', *TINY, '--batch', 1, 2, '--channels-last', '--no-memory', '--out', tmp_path)
+    run('backbone', *TINY, '--batch', 1, 2, '--channels-last', '--no-memory', '--no-compiled', '--out', tmp_path)
     rows = rows_of(tmp_path / 'backbone.csv')
     options = {'arch', 'compile', 'channels_last', 'largest_difference'}
     assert set(rows[0]) == BATCH | MACHINE | MEMORY | TIMES | options
@@ -39,11 +38,11 @@ def test_backbones_differ_where_weights_do(monkeypatch):
         return model
 
     monkeypatch.setattr(backbone, '_build', with_other_weights)
-    assert backbone._compare(case, 1)['largest_difference'] > 1e-2
+    assert backbone.compare(case, 1)['largest_difference'] > 1e-2
 
 
 def test_train(tmp_path):
-    run('train', *TINY, '--checkpointing', '--out', tmp_path)
+    run('train', *TINY, '--checkpointing', '--no-compiled', '--out', tmp_path)
     (row,) = rows_of(tmp_path / 'train.csv')
     assert set(row) == BATCH | MACHINE | MEMORY | TIMES | {
         'arch',
@@ -51,6 +50,7 @@ def test_train(tmp_path):
         'checkpointing',
         'stock_loss',
         'ours_loss',
+        'compiled_loss',
     }
     assert float(row['stock_loss']) > 1 and float(row['ours_loss']) == pytest.approx(float(row['stock_loss']), rel=1e-4)
     for side in SIDES:
@@ -71,17 +71,44 @@ def test_both_sides_learn_the_same():
 
 
 def test_models(tmp_path, capsys):
-    run('models', *TINY, '--models', 'volo-d1', 'convnext-t', '--batch', 1, '--no-memory', '--out', tmp_path)
+    names = ['volo-d1', 'volo-d1-timm', 'convnext-t']
+    run('models', *TINY, '--models', *names, '--batch', 1, '--no-memory', '--out', tmp_path)
     rows = {row['model']: row for row in rows_of(tmp_path / 'models.csv')}
+    assert list(rows) == names and {row['run'] for row in rows.values()} == {'logits'}
     published = {'ade20k_miou', 'ade20k_miou_multi_scale', 'miou_source'}
-    measured = {'model', 'classes', 'parameters_m', 'growth_mb', 'peak_mb', *spread('images_per_s')}
+    measured = {'model', 'run', 'classes', 'parameters_m', 'growth_mb', 'peak_mb', *spread('images_per_s')}
     assert set(rows['volo-d1']) == BATCH | MACHINE | published | measured | spread('times_faster')
     assert rows['volo-d1']['times_faster'] == '1' and rows['convnext-t']['ade20k_miou'] == '46.11'
     assert all(float(row['images_per_s']) > 0 for row in rows.values())
     assert 'times faster than volo-d1' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', [name for name in NETWORKS if name != 'volo-d1'])
+@torch.no_grad()
+def test_the_ways_of_running_give_the_same_classes(monkeypatch):
+    """What WindowNetwork gives in 'network' is what 'logits' starts from."""
+    case = ModelCase(size=(64, 96))
+    model, x = models.build_network(case), models.noise(case)
+    seen = []
+    run_windows = model.network._run
+    monkeypatch.setattr(model.network, '_run', lambda windows: seen.append(run_windows(windows)) or seen[-1])
+    for way in models.RUNS:
+        models._run(model, replace(case, run=way), x)
+    expected = model(x, mode='tensor')
+    assert len(seen) == 2 and all((found.float() - expected).abs().max() < 1e-4 for found in seen)
+
+
+def test_the_compiled_network_is_left_out_where_it_cannot_run(tmp_path, capsys, monkeypatch):
+    def none(call, **options):
+        raise RuntimeError('No working C++ compiler found')
+
+    monkeypatch.setattr(torch, 'compile', none)
+    arguments = '--models', 'volo-d1', models.COMPILED, '--batch', 1, '--run', 'predict', '--no-memory'
+    run('models', *TINY, *arguments, '--out', tmp_path)
+    assert [(row['model'], row['run']) for row in rows_of(tmp_path / 'models.csv')] == [('volo-d1', 'predict')]
+    assert 'does not run here: needs a C++ compiler' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', [name for name in NETWORKS if not name.startswith('volo')])
 def test_models_are_those_of_mmseg(name):
     """Backbone, head and accuracy as in the configs that mmseg ships."""
     files = {'swin': 'swin', 'convnext': 'convnext', 'mit': 'segformer'}

@@ -11,7 +11,16 @@ from mmseg_volo.benchmark.measuring import repeats_for
 
 TINY = ['--shape', 'd1@72', '--batch', 2, '--rounds', 1, '--device', 'cpu', '--threads', 1]
 COLUMNS = {'arch', 'image', 'grid', 'channels', 'heads', 'batch', 'precision', 'mode', 'impl', 'rounds', 'calls'}
-COLUMNS |= {*spread('seconds'), *spread('times_faster'), 'moved_mb', 'gb_per_s', 'copy_gb_per_s', 'share_of_copy'}
+COLUMNS |= {
+    *spread('seconds'),
+    *spread('times_faster'),
+    *spread('times_faster_than_compiled'),
+    'memory_ratio',
+    'moved_mb',
+    'gb_per_s',
+    'copy_gb_per_s',
+    'share_of_copy',
+}
 COLUMNS |= {'max_error', 'max_error_v_grad', 'max_error_logits_grad', 'call_mb'}
 
 
@@ -24,7 +33,7 @@ def runs_here(case: OpCase, impl: str) -> bool:
 
 
 def test_op(tmp_path, capsys):
-    run('op', *TINY, '--precision', 'fp32', 'bf16', '--impl', *IMPLEMENTATIONS, '--out', tmp_path)
+    run('op', *TINY, '--precision', 'fp32', 'bf16', '--impl', *IMPLEMENTATIONS, '--no-compiled', '--out', tmp_path)
     rows = rows_of(tmp_path / 'op.csv')
     assert set(rows[0]) == COLUMNS | MACHINE
     reference = {(row['precision'], row['mode']): row for row in rows if row['impl'] == 'reference'}
@@ -55,10 +64,20 @@ def test_what_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatch):
         return real(*args, impl=impl, **options)
 
     monkeypatch.setattr(op, 'outlook_attention', refusing)
-    run('op', *TINY, '--mode', 'forward', '--out', tmp_path)
+    run('op', *TINY, '--mode', 'forward', '--no-compiled', '--out', tmp_path)
     assert [row['impl'] for row in rows_of(tmp_path / 'op.csv')] == ['reference']
     said = 'd1@72, batch 2, fp32, forward: fused does not run here: needs what is not here\n'
     assert said in capsys.readouterr().err
+
+
+def test_the_definition_compiled(tmp_path, capsys):
+    run('op', *TINY, '--mode', 'forward', '--out', tmp_path)
+    rows = {row['impl']: row for row in rows_of(tmp_path / 'op.csv')}
+    if op.COMPILED not in rows:  # then it has to be said
+        assert f'{op.COMPILED} does not run here: needs a C++ compiler' in capsys.readouterr().err
+        pytest.skip('needs a C++ compiler')
+    assert list(rows) == ['reference', op.COMPILED, 'fused']
+    assert float(rows[op.COMPILED]['max_error']) < 1e-5 and float(rows[op.COMPILED]['times_faster_than_compiled']) == 1
 
 
 def test_bytes_that_must_move():
@@ -95,7 +114,7 @@ def test_rounds_are_long_enough():
 def test_op_on_a_gpu(gpu, tmp_path):
     run('op', '--shape', 'd1@256', '--precision', 'fp32', 'fp16', '--rounds', 2, '--device', gpu, '--out', tmp_path)
     rows = rows_of(tmp_path / 'op.csv')
-    assert {row['impl'] for row in rows} == {'reference', 'fused'} and len(rows) == 8
+    assert {row['impl'] for row in rows} == {'reference', op.COMPILED, 'fused'} and len(rows) == 12
     for row in rows:
         assert float(row['call_mb']) > 0
         assert float(row['max_error']) < (1e-4 if row['precision'] == 'fp32' else 0.1)

@@ -1,13 +1,14 @@
 """Measure this package: tools/benchmark.py COMMAND, each with --help.
 
 inference, scaling and precision predict whole pictures; op, backbone and train time a part of the work against its
-peer; models sets VOLO beside other networks.
+peer; models sets VOLO beside other networks. suite does all that is worth knowing of a GPU in a given time.
 """
 
 import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from mmseg_volo.benchmark import (
     MODES,
     NETWORKS,
     OPTIONS,
+    PARTS,
+    RUNS,
     BackboneCase,
     Case,
     ModelCase,
@@ -83,6 +86,12 @@ def add_batch_arguments(parser: argparse.ArgumentParser, batch: Sequence[int]) -
     add_machine_arguments(parser)
 
 
+def add_peer_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--no-compiled', action='store_true', help='leave out the peer through torch.compile, which takes minutes'
+    )
+
+
 def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
     add_arch_argument(parser)
     parser.add_argument('--window', type=int, default=512, help='side of the sliding windows; default %(default)s')
@@ -95,6 +104,10 @@ def add_case_arguments(parser: argparse.ArgumentParser, views: int) -> None:
     parser.add_argument('--window-batch', type=COUNT, metavar='N', help='windows in a forward pass, our side only')
     parser.add_argument('--no-memory', action='store_true', help='measure time only')
     add_machine_arguments(parser)
+
+
+def compile_seconds(args: argparse.Namespace) -> float:
+    return 0 if args.no_compiled else float('inf')
 
 
 def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Case]:
@@ -119,7 +132,8 @@ def cases(args: argparse.Namespace, classes: Sequence[int], sizes: Sequence[tupl
 
 def inference(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = cases(args, args.classes, [tuple(args.size)])
-    return lambda found: benchmark.measure_inference(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    settings = args.rounds, not args.no_memory, Path(args.out)
+    return lambda found: benchmark.measure_inference(todo, *settings, found, compile_seconds(args))
 
 
 def scaling(args: argparse.Namespace) -> Callable[[dict], None]:
@@ -146,7 +160,8 @@ def op(args: argparse.Namespace) -> Callable[[dict], None]:
         OpCase(arch, image, batch, precision, mode, args.device)
         for (arch, image), batch, precision, mode in product(args.shape, args.batch, args.precision, args.mode)
     ]
-    return lambda found: benchmark.measure_op(todo, args.impl, args.rounds, Path(args.out), found)
+    settings = args.impl, args.rounds, Path(args.out)
+    return lambda found: benchmark.measure_op(todo, *settings, found, not args.no_compiled)
 
 
 def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
@@ -162,12 +177,14 @@ def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
 
 def backbone(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(BackboneCase, args, 'arch', 'compile', 'channels_last')
-    return lambda found: benchmark.measure_backbone(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    settings = args.rounds, not args.no_memory, Path(args.out)
+    return lambda found: benchmark.measure_backbone(todo, *settings, found, compile_seconds(args))
 
 
 def train(args: argparse.Namespace) -> Callable[[dict], None]:
     todo = batch_cases(TrainCase, args, 'arch', 'classes', 'checkpointing')
-    return lambda found: benchmark.measure_train(todo, args.rounds, not args.no_memory, Path(args.out), found)
+    settings = args.rounds, not args.no_memory, Path(args.out)
+    return lambda found: benchmark.measure_train(todo, *settings, found, compile_seconds(args))
 
 
 def saving(args: argparse.Namespace) -> Callable[[dict], None]:
@@ -176,8 +193,17 @@ def saving(args: argparse.Namespace) -> Callable[[dict], None]:
 
 
 def models(args: argparse.Namespace) -> Callable[[dict], None]:
-    todo = batch_cases(ModelCase, args, 'model')
+    args.model = [name for name in args.model if not (args.no_compiled and name.endswith('-compiled'))]
+    todo = [replace(case, run=run) for run in args.run for case in batch_cases(ModelCase, args, 'model')]
     return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
+
+
+def suite(args: argparse.Namespace) -> Callable[[dict], int]:
+    plan = benchmark.Plan(
+        args.device, Path(args.out), args.threads, not args.no_compiled, benchmark.find_camvid(args.camvid)
+    )
+    parts = [part for part in PARTS if part.name in args.parts]
+    return lambda found: benchmark.run_suite(parts, plan, args.minutes, args.command)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -190,6 +216,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--classes', nargs='+', type=COUNT, default=[19, 150], help='default 19 150')
     sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')
     add_case_arguments(sub, views=10)
+    add_peer_argument(sub)
 
     sub = commands.add_parser('scaling', help='cost against the size of the picture, this package only')
     sub.set_defaults(prepare=scaling, parser=sub)
@@ -221,12 +248,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--impl', nargs='+', choices=IMPLEMENTATIONS, default=['fused'], help='default fused')
     sub.add_argument('--rounds', type=COUNT, default=10, help='default %(default)s')
     add_machine_arguments(sub)
+    add_peer_argument(sub)
 
     sub = commands.add_parser('backbone', help="timm's VOLO against this package's, the four stage maps")
     sub.set_defaults(prepare=backbone, parser=sub)
     add_arch_argument(sub)
     add_network_options(sub)
     add_batch_arguments(sub, [1])
+    add_peer_argument(sub)
 
     sub = commands.add_parser('train', help="a training step of stock mmseg with timm's VOLO against this package")
     sub.set_defaults(prepare=train, parser=sub)
@@ -234,6 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--classes', type=COUNT, default=150, help='19 or more; default %(default)s')
     sub.add_argument('--checkpointing', action='store_true', help='activation checkpointing, our side only')
     add_batch_arguments(sub, [2])
+    add_peer_argument(sub)
 
     sub = commands.add_parser('saving', help="saving a checkpoint in training, mmengine's way against this package's")
     sub.set_defaults(prepare=saving, parser=sub)
@@ -249,21 +279,35 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         '--models', nargs='+', choices=known, default=known, metavar='MODEL', dest='model', help=', '.join(known)
     )
+    sub.add_argument('--run', nargs='+', choices=RUNS, default=['logits'], help='default logits, in full size')
     add_batch_arguments(sub, [1, 16])
+    add_peer_argument(sub)
+
+    sub = commands.add_parser('suite', help='correctness, speed, profiles and a training run on a GPU, in one report')
+    sub.set_defaults(prepare=suite, parser=sub)
+    names = [part.name for part in PARTS]
+    sub.add_argument('--minutes', type=AMOUNT, default=9, help='for all of it; default %(default)s')
+    sub.add_argument(
+        '--parts', nargs='+', choices=names, default=names, metavar='PART', help=f'of {", ".join(names)}; default all'
+    )
+    sub.add_argument('--camvid', metavar='DIR', help='CamVid-11 to train on; default data/camvid where that is')
+    add_machine_arguments(sub)
+    add_peer_argument(sub)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(argv)
     args.device = args.device or get_device()
+    args.command = shlex.join(['python', 'tools/benchmark.py', *argv])
     try:
         found = benchmark.environment(args.device, args.threads)
         measure = args.prepare(args)
     except ValueError as error:
         args.parser.error(str(error))
-    benchmark.print_header(found, shlex.join(['python', 'tools/benchmark.py', *argv]))
-    measure(found)
+    benchmark.print_header(found, args.command)
+    return measure(found)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from .backbone import BackboneCase, measure_backbone
 from .cases import SIDES, Case
 from .inference import measure_inference
 from .measuring import environment
-from .models import NETWORKS, ModelCase, measure_models
+from .models import NETWORKS, RUNS, ModelCase, measure_models
 from .op import IMPLEMENTATIONS, MODES, OpCase, measure_op
 from .peer import build, copy_weights, ready
 from .pictures import draw, prepare, view_pixels
@@ -18,6 +18,8 @@ from .prediction import measure_memory
 from .reporting import print_header
 from .saving import SaveCase, measure_saving
 from .scaling import measure_scaling, sizes_of
+from .suite import Plan, run_suite
+from .suite_parts import PARTS, find_camvid
 from .training import TrainCase, measure_train
 
 __all__ = [
@@ -25,17 +27,21 @@ __all__ = [
     'MODES',
     'NETWORKS',
     'OPTIONS',
+    'PARTS',
+    'RUNS',
     'SIDES',
     'BackboneCase',
     'Case',
     'ModelCase',
     'OpCase',
+    'Plan',
     'SaveCase',
     'TrainCase',
     'build',
     'copy_weights',
     'draw',
     'environment',
+    'find_camvid',
     'measure_backbone',
     'measure_inference',
     'measure_memory',
@@ -48,6 +54,7 @@ __all__ = [
     'prepare',
     'print_header',
     'ready',
+    'run_suite',
     'sizes_of',
     'view_pixels',
 ]

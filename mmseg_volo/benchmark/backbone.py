@@ -1,19 +1,29 @@
 """Our VOLO against timm's with the same weights: the stage maps of a batch, without head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..volo import VOLO
-from .cases import SIDES, BatchCase, columns_of
-from .measuring import NOT_MEASURED, autocast, memory_of, repeats_for, take_turns
-from .peer import TimmVOLO
+from .cases import COMPILED, SIDES, BatchCase, columns_of
+from .measuring import (
+    add_compiled,
+    autocast,
+    in_process,
+    memory_columns,
+    memory_here,
+    memory_of,
+    repeats_for,
+    take_turns,
+)
+from .peer import TimmVOLO, compiled
 from .pictures import noise
-from .reporting import columns_of_sides, plot_sides, print_sides, write_csv
+from .reporting import NOT_ASKED, columns_of_sides, plot_sides, print_sides, write_csv
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,25 @@ class BackboneCase(BatchCase):
         return ', '.join([f'VOLO-{self.arch.upper()}, batch {self.batch}, {self.precision}', *options])
 
 
-def measure_backbone(cases: Sequence[BackboneCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
-    """Measure each case; the table, the CSV file and the figure go to ``out``."""
+def measure_backbone(
+    cases: Sequence[BackboneCase], rounds: int, memory: bool, out: Path, environment: dict, compile_seconds: float = inf
+) -> None:
+    """Measure each case; the table, the CSV file and the figure go to ``out``.
+
+    Args:
+        cases: what is measured.
+        rounds: how often each side is timed.
+        memory: whether it is measured: on a CPU in a process for each side, without the compiled one.
+        out: folder.
+        environment: of :func:`~mmseg_volo.benchmark.measuring.environment`.
+        compile_seconds: beside stock, stock through ``torch.compile`` is measured, unless compiling takes longer; 0
+            leaves it out.
+    """
     rows = []
     for case in cases:
-        row = {**columns_of(case), **_compare(case, rounds)}
-        for side in SIDES:
-            found = memory_of(forward_steps, case, side) if memory else NOT_MEASURED
-            row.update(found.columns(side))
+        row = {**columns_of(case), **compare(case, rounds, memory, compile_seconds)}
+        if memory and not in_process(case.device):
+            row.update(memory_columns({side: memory_of(forward_steps, case, side) for side in SIDES}))
         rows.append({**row, **environment})
         write_csv(out / 'backbone.csv', rows)
     labels = [str(case) for case in cases]
@@ -53,15 +74,33 @@ def measure_backbone(cases: Sequence[BackboneCase], rounds: int, memory: bool, o
     plot_sides(rows, labels, out / 'backbone.png')
 
 
-def _compare(case: BackboneCase, rounds: int) -> dict:
-    models, x = {side: _build(case, side) for side in SIDES}, noise(case)
-    models['stock'].load_backbone(models['ours'].state_dict())
-    calls = {side: partial(_maps, _ready(model, case, side), case, x) for side, model in models.items()}
+def compare(case: BackboneCase, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
+    models, x = build_backbones(case), noise(case)
+    calls = {side: partial(run, model, case, x) for side, model in models.items()}
+    missing: str | None = NOT_ASKED
+    if compile_seconds:
+
+        def peer() -> Callable[[], tuple[Tensor, ...]]:
+            models[COMPILED] = compiled(models['stock'])
+            return partial(run, models[COMPILED], case, x)
+
+        calls, missing = add_compiled(calls, peer, str(case), compile_seconds)
     repeats = {side: repeats_for(call, case.device) for side, call in calls.items()}
+    found = {}
+    if memory and in_process(case.device):
+        found = {side: memory_here(call, case.device, models[side], x) for side, call in calls.items()}
     seconds, maps = take_turns(calls, rounds, case.device, str(case), repeats)
     pairs = zip(maps['stock'], maps['ours'], strict=True)
     differences = [((own - stock).abs().max() / stock.abs().max()).item() for stock, own in pairs]
-    return {'rounds': rounds, **columns_of_sides(seconds), 'largest_difference': max(differences)}
+    differing = {'largest_difference': max(differences)}
+    return {'rounds': rounds, **columns_of_sides(seconds, missing), **differing, **memory_columns(found)}
+
+
+def build_backbones(case: BackboneCase) -> dict[str, nn.Module]:
+    """Both sides with the same weights, on the case's device, in eval mode."""
+    models = {side: _build(case, side) for side in SIDES}
+    models['stock'].load_backbone(models['ours'].state_dict())
+    return {side: _ready(model, case, side) for side, model in models.items()}
 
 
 def _build(case: BackboneCase, side: str) -> VOLO | TimmVOLO:
@@ -80,15 +119,17 @@ def _ready(model: nn.Module, case: BackboneCase, side: str) -> nn.Module:
 
 
 @torch.no_grad()
-def _maps(model: nn.Module, case: BackboneCase, x: Tensor) -> tuple[Tensor, ...]:
+def run(model: nn.Module, case: BackboneCase, x: Tensor) -> tuple[Tensor, ...]:
     with autocast(case.precision, case.device):
         return model(x)
 
 
 def forward_steps(case: BackboneCase, side: str) -> Iterator[None]:
     """For :func:`~mmseg_volo.benchmark.measuring.memory_of`."""
-    model = _ready(_build(case, side), case, side)
+    model = _ready(_build(case, 'stock' if side == COMPILED else side), case, side)
+    if side == COMPILED:
+        model = compiled(model)
     yield
     x = noise(case)
     yield
-    _maps(model, case, x)
+    run(model, case, x)

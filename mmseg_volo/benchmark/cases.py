@@ -7,6 +7,7 @@ import torch
 from ..volo import STRIDE
 
 SIDES = 'stock', 'ours'
+COMPILED = 'compiled'  # stock through torch.compile: the third side, where it was asked for and a compiler is there
 VIEWS = 10  # five scales, each with its mirror image: as configs/_base_ has them
 MIN_SIDE = 64  # of a picture that can be drawn; its views then have the 32 pixels that VOLO needs
 

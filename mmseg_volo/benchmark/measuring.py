@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..segmentors import PRECISIONS
-from .cases import check_device
+from .cases import COMPILED, SIDES, check_device
 from .reporting import progress
 
 # Seconds that a timed round of short calls takes at least: the clock, and whatever else runs, then weigh little.
 _LEAST_ROUND = 0.05
+_TOO_LONG = 'compiling takes longer than there is time'
 
 # The machine
 
@@ -142,6 +144,63 @@ def repeats_for(call: Callable[[], Any], device: str) -> int:
     return times
 
 
+def add_compiled(
+    calls: dict[str, Callable[[], Any]], make: Callable[[], Callable[[], Any]], label: str, seconds: float = math.inf
+) -> tuple[dict[str, Callable[[], Any]], str | None]:
+    """The calls of all sides with the compiled peer between them, which is called once.
+
+    Args:
+        calls: of stock and ours.
+        make: builds the compiled peer and returns its call.
+        label: of the line that says why it is missing.
+        seconds: that compiling may take.
+
+    Returns:
+        The calls, and None or the reason why there is no compiled peer: a compiler that is not there or fails never
+        stops a table.
+    """
+    torch.compiler.reset()  # what earlier cases compiled counts towards a limit, over which code runs uncompiled
+    try:
+        with time_limit(seconds):
+            call = make()
+            call()
+    except Exception as error:
+        reason = why_not_compiled(error)
+        progress(f'{label}: no compiled peer: {reason}')
+        return calls, reason
+    return {'stock': calls['stock'], COMPILED: call, **calls}, None
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """TimeoutError in the midst of what takes longer, where the system has signals."""
+    if math.isinf(seconds) or not hasattr(signal, 'setitimer'):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(_TOO_LONG)
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 5)  # and again, should somebody have caught it
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def why_not_compiled(error: Exception) -> str:
+    """In one line."""
+    text = str(error)
+    if _TOO_LONG in text:  # whatever the compiler has made of the TimeoutError
+        return _TOO_LONG
+    if 'C++ compiler' in text or 'CxxCompiler' in text:
+        return 'needs a C++ compiler'
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f'{type(error).__name__}: {" ".join(lines[:2])[:200]}'
+
+
 # Memory
 
 
@@ -157,6 +216,65 @@ class Memory(NamedTuple):
 
 
 NOT_MEASURED = Memory(None, None)
+
+
+def in_process(device: str) -> bool:
+    """Whether memory can be taken in the process that takes the time: PyTorch counts what it allocates on a GPU."""
+    return torch.device(device).type == 'cuda'
+
+
+def memory_here(call: Callable[[], Any], device: str, *held: Any) -> Memory:
+    """Peak of a call on a GPU, in this process.
+
+    Args:
+        call: made once.
+        device: where it runs.
+        held: the models, optimizers and tensors that this side needs besides: other sides have theirs there too, so
+            what counts is the growth in the call and the size of these.
+    """
+    gc.collect()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    growth = torch.cuda.max_memory_allocated(device) - before
+    return Memory(growth / 1e6, (growth + _bytes_of(held)) / 1e6)
+
+
+def memory_columns(found: dict[str, Memory]) -> dict[str, float | None]:
+    """Columns of all sides; empty for those that were not measured."""
+    columns = {}
+    for side in (*SIDES, COMPILED):
+        columns.update(found.get(side, NOT_MEASURED).columns(side))
+    return columns
+
+
+def larger(first: Memory, second: Memory) -> Memory:
+    """The one with the higher peak."""
+    return max(first, second, key=lambda memory: memory.peak or 0)
+
+
+def _bytes_of(held: Any) -> int:
+    """Of the tensors in there; what several share counts once."""
+    found: dict[int, int] = {}
+
+    def walk(value: Any) -> None:
+        if isinstance(value, torch.nn.Module):
+            value = [*value.parameters(), *value.buffers()]
+        elif isinstance(value, torch.optim.Optimizer):
+            value = list(value.state.values())
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            walk(list(value.values()))
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                walk(part)
+
+    walk(held)
+    return sum(found.values())
 
 
 def memory_of(steps: Callable[..., Iterator[None]], case: Any, *arguments: Any) -> Memory:

@@ -1,9 +1,16 @@
-"""VOLO-D1 beside what mmseg offers in its place: images a second, memory and published accuracy on ADE20K."""
+"""VOLO-D1 beside what mmseg offers in its place: images a second, memory and published accuracy on ADE20K.
+
+A network can run in three ways (:data:`RUNS`): up to logits in the pictures' size; as this package's prediction runs
+it, batches of windows through ``WindowNetwork`` with what that does for speed; and end to end, from prepared pictures
+to class ids. Of other networks the second way is a plain forward pass.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from math import inf
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +22,26 @@ from mmseg.models.decode_heads import SegformerHead, UPerHead
 from mmseg.models.utils import resize
 from torch import Tensor
 
+from ..segmentors import StreamingEncoderDecoder
 from .cases import BatchCase, columns_of
-from .measuring import NOT_MEASURED, autocast, memory_of, repeats_for, take_turns
-from .peer import segmentor
+from .measuring import (
+    NOT_MEASURED,
+    autocast,
+    in_process,
+    memory_here,
+    memory_of,
+    repeats_for,
+    take_turns,
+    time_limit,
+    why_not_compiled,
+)
+from .peer import compiled, segmentor
 from .pictures import noise
-from .reporting import MEMORY_NOTES, Spread, figure, mb, memory_kind, print_table, times_faster, write_csv
+from .reporting import MEMORY_NOTES, Spread, figure, mb, memory_kind, print_table, progress, times_faster, write_csv
 
 CLASSES = 150  # of ADE20K
+RUNS = 'logits', 'network', 'predict'
+COMPILED = 'volo-d1-timm-compiled'
 
 
 class Network(NamedTuple):
@@ -51,6 +71,9 @@ _UPER = dict(type=UPerHead, in_channels=[96, 192, 384, 768], pool_scales=(1, 2, 
 NETWORKS = {
     # The abstract of arXiv:2106.13112 gives 54.3 for the best variant; for D1 no figure could be verified.
     'volo-d1': Network({}, {}, None, None, 'none'),
+    # timm's VOLO in stock mmseg, and that through torch.compile.
+    'volo-d1-timm': Network({}, {}, None, None, 'none'),
+    COMPILED: Network({}, {}, None, None, 'none'),
     'swin-t': Network(_swin((2, 2, 6, 2)), _UPER, 44.41, 45.79, 'mmseg configs/swin/metafile.yaml'),
     'swin-s': Network(_swin((2, 2, 18, 2)), _UPER, 47.72, 49.24, 'mmseg configs/swin/metafile.yaml'),
     'convnext-t': Network(_convnext('convnext_tiny'), _UPER, 46.11, 46.62, 'mmseg configs/convnext/metafile.yaml'),
@@ -80,10 +103,12 @@ class ModelCase(BatchCase):
 
     Args:
         model: its name.
+        run: one of :data:`RUNS`.
         size, batch, precision, device, threads: see :class:`BatchCase`.
     """
 
     model: str = 'volo-d1'
+    run: str = 'logits'
 
 
 def measure_models(cases: Sequence[ModelCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
@@ -92,52 +117,96 @@ def measure_models(cases: Sequence[ModelCase], rounds: int, memory: bool, out: P
     The table, the CSV file and the figure go to ``out``.
     """
     rows = []
-    for _, group in groupby(cases, lambda case: (case.size, case.batch, case.precision)):
-        for row, case in _compare(list(group), rounds):
-            found = memory_of(forward_steps, case) if memory else NOT_MEASURED
-            rows.append({**row, **found.columns(), **environment})
+    for _, group in groupby(cases, lambda case: (case.size, case.batch, case.precision, case.run)):
+        for row, case in compare(list(group), rounds, memory):
+            if memory and not in_process(case.device):
+                row.update(memory_of(forward_steps, case).columns())
+            rows.append({**row, **environment})
             write_csv(out / 'models.csv', rows)
     _print(rows, memory)
     _plot(rows, out / 'models.png')
 
 
-def _compare(cases: Sequence[ModelCase], rounds: int) -> list[tuple[dict, ModelCase]]:
-    """A row for each case, with its speed beside the first one's."""
-    first = cases[0]
-    models, x = {case.model: build_network(case) for case in cases}, noise(first)
-    calls = {name: partial(_run, model, first, x) for name, model in models.items()}
+def compare(
+    cases: Sequence[ModelCase],
+    rounds: int,
+    memory: bool = False,
+    compile_seconds: float = inf,
+    built: dict[str, EncoderDecoder] | None = None,
+) -> list[tuple[dict, ModelCase]]:
+    """A row for each case, with its speed beside the first one's; the compiled peer only where it runs.
+
+    Networks are taken from ``built``, by name, and put there.
+    """
+    first, x = cases[0], noise(cases[0])
+    models, calls, found = {}, {}, {}
+    built = {} if built is None else built
+    for case in cases:
+        try:
+            with time_limit(compile_seconds if case.model == COMPILED else inf):
+                if case.model not in built:
+                    built[case.model] = build_network(case)
+                model = built[case.model]
+                call = partial(_run, model, case, x)
+                call()
+        except Exception as error:
+            if case.model != COMPILED:
+                raise
+            progress(f'{case.model}: does not run here: {why_not_compiled(error)}')
+            continue
+        models[case.model], calls[case.model] = model, call
+        if memory and in_process(case.device):
+            found[case.model] = memory_here(call, case.device, model, x)
     repeats = {name: repeats_for(call, first.device) for name, call in calls.items()}
     label = f'batch {first.batch}, {first.precision}'
     seconds, _ = take_turns(calls, rounds, first.device, label, repeats)
     rows = []
-    for case in cases:
+    for case in (case for case in cases if case.model in models):
         network = NETWORKS[case.model]
         parameters = sum(parameter.numel() for parameter in models[case.model].parameters())
         row = dict(**columns_of(case), classes=CLASSES, parameters_m=parameters / 1e6, rounds=rounds)
         row.update(Spread.of([case.batch / spent for spent in seconds[case.model]]).columns('images_per_s'))
         row.update(times_faster(seconds, case.model, first.model).columns('times_faster'))
         row.update(ade20k_miou=network.miou, ade20k_miou_multi_scale=network.miou_multi, miou_source=network.source)
-        rows.append((row, case))
+        rows.append(({**row, **found.get(case.model, NOT_MEASURED).columns()}, case))
     return rows
 
 
 def build_network(case: ModelCase) -> EncoderDecoder:
     """The segmentor of a case on its device, with random weights, in eval mode, without the head that only trains."""
-    if case.model == 'volo-d1':
-        model = segmentor('ours', 'd1', CLASSES)
+    if case.model.startswith('volo-d1'):
+        model = segmentor('ours' if case.model == 'volo-d1' else 'stock', 'd1', CLASSES)
+        if case.model == 'volo-d1':
+            model.test_cfg.precision = case.precision  # for what does not run under the caller's autocast
     else:
         network = NETWORKS[case.model]
         head = dict(in_index=[0, 1, 2, 3], num_classes=CLASSES, norm_cfg=dict(type='BN'), align_corners=False)
         head.update(network.head, loss_decode=dict(type='CrossEntropyLoss'))
         model = EncoderDecoder(network.backbone, head, test_cfg=ConfigDict(mode='whole'))
-    return model.to(case.device).eval()
+    model = model.to(case.device).eval()
+    if case.model != COMPILED:
+        return model
+    torch.compiler.reset()  # see add_compiled
+    return compiled(model)
 
 
 @torch.no_grad()
 def _run(model: EncoderDecoder, case: ModelCase, x: Tensor) -> None:
-    """Logits in the size of the pictures; not returned, since those of all models together are large."""
-    with autocast(case.precision, case.device):
-        resize(model(x, mode='tensor'), x.shape[2:], mode='bilinear', align_corners=False)
+    """As ``case.run`` says; nothing is returned, since the logits of all models together are large."""
+    ours = isinstance(model, StreamingEncoderDecoder)
+    if ours and case.run == 'network':
+        with model.network.running():
+            model.network._run(x)
+    elif ours and case.run == 'predict':
+        model.predict(x)
+    else:
+        with autocast(case.precision, case.device):
+            if case.run == 'predict':
+                model.predict(x)
+                return
+            logits = model(x, mode='tensor')
+            if case.run == 'logits':
+                resize(logits, x.shape[2:], mode='bilinear', align_corners=False)
 
 
 def forward_steps(case: ModelCase) -> Iterator[None]:
@@ -156,9 +225,17 @@ def _print(rows: Sequence[dict], memory: bool) -> None:
         speeds = [str(Spread.in_row(row, name)) for name in ('images_per_s', 'times_faster')]
         taken = [mb(row[f'{kind}_mb'])] if memory else []
         published = [_percent(row[name]) for name in ('ade20k_miou', 'ade20k_miou_multi_scale')]
-        head = [row['model'], str(row['batch']), row['precision'], f'{row["parameters_m"]:.1f}']
+        head = [row['model'], row['run'], str(row['batch']), row['precision'], f'{row["parameters_m"]:.1f}']
         cells.append([*head, *speeds, *taken, *published])
-    fields = ['model', 'batch', 'precision', 'parameters (M)', 'images / s', f'times faster than {first["model"]}']
+    fields = [
+        'model',
+        'run',
+        'batch',
+        'precision',
+        'parameters (M)',
+        'images / s',
+        f'times faster than {first["model"]}',
+    ]
     fields += ['memory (MB)'] if memory else []
     print(
         f'{first["height"]} x {first["width"]} pixels, {CLASSES} classes; '
@@ -174,8 +251,9 @@ def _percent(value: float | None) -> str:
 
 
 def _plot(rows: Sequence[dict], path: Path) -> None:
-    """A panel for each batch and precision; a line where the accuracy is not known."""
-    groups = [list(group) for _, group in groupby(rows, lambda row: (row['batch'], row['precision']))]
+    """A panel for each batch, precision and run; a line where the accuracy is not known."""
+    key = itemgetter('batch', 'precision', 'run')
+    groups = [list(group) for _, group in groupby(rows, key)]
     drawn, axes = figure(len(groups), rows, 4)
     for axis, group in zip(axes, groups, strict=True):
         for i, row in enumerate(group):
@@ -183,7 +261,7 @@ def _plot(rows: Sequence[dict], path: Path) -> None:
                 axis.axvline(row['images_per_s'], color=f'C{i}', linestyle='--', label=row['model'])
             else:
                 axis.plot(row['images_per_s'], row['ade20k_miou'], 'o', color=f'C{i}', label=row['model'])
-        axis.set(title=f'batch {group[0]["batch"]}, {group[0]["precision"]}', xlabel='images / s', xlim=(0, None))
+        axis.set(title=', '.join(map(str, key(group[0]))), xlabel='images / s', xlim=(0, None))
         axis.set_ylabel('published ADE20K mIoU, one scale')
         axis.legend()
     drawn.savefig(path, dpi=120)

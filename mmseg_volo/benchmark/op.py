@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
@@ -14,10 +15,11 @@ from ..ops import outlook_attention
 from ..segmentors import PRECISIONS
 from ..volo import ARCHS, OUTLOOK, PATCH
 from .cases import check_device
-from .measuring import repeats_for, take_turns
-from .reporting import Spread, figure, mb, print_table, progress, times_faster, write_csv
+from .measuring import repeats_for, take_turns, why_not_compiled
+from .reporting import NO_SPREAD, Spread, figure, mb, print_table, progress, times_faster, write_csv
 
 BASELINE = 'reference'
+COMPILED = 'reference-compiled'  # the definition through torch.compile
 IMPLEMENTATIONS = 'slices', 'fused', 'auto'
 MODES = 'forward', 'full'
 # All input sets together, in bytes: more than the caches of a GPU hold, so that none serves the next call.
@@ -116,11 +118,20 @@ def run(case: OpCase, impl: str, inputs: Inputs) -> tuple[Tensor, ...]:
         ValueError: this implementation cannot run here.
     """
     full = case.mode == 'full'
+    attend = partial(outlook_attention, impl=impl) if impl != COMPILED else _compiled_definition()
     with torch.set_grad_enabled(full):
-        out = outlook_attention(inputs.v, inputs.logits, scale=case.scale, impl=impl, **OUTLOOK)
+        out = attend(inputs.v, inputs.logits, scale=case.scale, **OUTLOOK)
     if not full:
         return (out,)
     return out.detach(), *torch.autograd.grad(out, (inputs.v, inputs.logits), inputs.gradient)
+
+
+@cache
+def _compiled_definition() -> Callable[..., Tensor]:
+    def attend(v: Tensor, logits: Tensor, **options: float) -> Tensor:
+        return outlook_attention(v, logits, impl=BASELINE, **options)
+
+    return torch.compile(attend, dynamic=False)
 
 
 def moved_bytes(case: OpCase, inputs: Inputs) -> int:
@@ -158,30 +169,42 @@ def copy_gb_per_s(device: str, rounds: int) -> float:
 
 
 def measure_op(
-    cases: Sequence[OpCase], implementations: Sequence[str], rounds: int, out: Path, environment: dict
+    cases: Sequence[OpCase],
+    implementations: Sequence[str],
+    rounds: int,
+    out: Path,
+    environment: dict,
+    with_compiled: bool = True,
 ) -> None:
-    """Time, bandwidth and error of each implementation in each case; what cannot run is reported and left out."""
+    """Time, bandwidth and error of each implementation in each case; what cannot run is reported and left out.
+
+    The definition is always among them, and with ``with_compiled`` the definition through ``torch.compile``.
+    """
+    implementations = [BASELINE, *[COMPILED] * with_compiled, *implementations]
     copied = copy_gb_per_s(environment['device'], rounds)
     rows = []
     for case in cases:
-        rows += [{**row, **environment} for row in _rows(case, implementations, rounds, copied)]
+        rows += [{**row, **environment} for row in compare(case, implementations, rounds, copied)]
         write_csv(out / 'op.csv', rows)
     _print(rows)
     _plot(rows, out / 'op.png')
 
 
-def _rows(case: OpCase, implementations: Sequence[str], rounds: int, copied: float) -> list[dict]:
+def compare(case: OpCase, implementations: Sequence[str], rounds: int, copied: float) -> list[dict]:
+    """A row for each implementation that runs here, the first of which is :data:`BASELINE`."""
     sets = [draw_inputs(case, 0)]
     if torch.device(case.device).type != 'cpu':
         sets += [draw_inputs(case, seed) for seed in range(1, int(_ROTATED // sets[0].nbytes) + 1)]
     calls = {}
-    for impl in dict.fromkeys([BASELINE, *implementations]):
+    torch.compiler.reset()  # see add_compiled
+    for impl in dict.fromkeys(implementations):
         try:
             run(case, impl, sets[0])
-        except ValueError as error:
-            if impl == BASELINE:
+        except Exception as error:
+            if impl != COMPILED and (impl == BASELINE or not isinstance(error, ValueError)):
                 raise
-            progress(f'{case}: {impl} does not run here: {str(error).splitlines()[0]}')
+            why = why_not_compiled(error) if impl == COMPILED else str(error).splitlines()[0]
+            progress(f'{case}: {impl} does not run here: {why}')
         else:
             calls[impl] = _rotating(case, impl, sets)
     repeats = {impl: repeats_for(call, case.device) for impl, call in calls.items()}
@@ -192,9 +215,13 @@ def _rows(case: OpCase, implementations: Sequence[str], rounds: int, copied: flo
         row = dict(**case.columns(), impl=impl, rounds=rounds, calls=repeats[impl])
         row.update(Spread.of(of_impl).columns('seconds'))
         row.update(times_faster(seconds, impl, BASELINE).columns('times_faster'))
+        compiled = times_faster(seconds, impl, COMPILED) if COMPILED in seconds else NO_SPREAD
+        row.update(compiled.columns('times_faster_than_compiled'))
         speed = moved / row['seconds'] / 1e9
         row.update(moved_mb=moved / 1e6, gb_per_s=speed, copy_gb_per_s=copied, share_of_copy=speed / copied)
         rows.append({**row, **errors(case, impl, sets[0]), 'call_mb': _call_mb(case, impl, sets[0])})
+    for row in rows:
+        row['memory_ratio'] = row['call_mb'] / rows[0]['call_mb'] if row['call_mb'] is not None else None
     return rows
 
 
@@ -223,14 +250,26 @@ def _label(row: dict) -> str:
 
 def _print(rows: Sequence[dict]) -> None:
     memory = any(row['call_mb'] is not None for row in rows)
+    with_compiled = any(row['impl'] == COMPILED for row in rows)
     cells = []
     for row in rows:
         milliseconds = Spread(*(1e3 * value for value in Spread.in_row(row, 'seconds')))
         found = [value for name, value in row.items() if name.startswith('max_error') and value is not None]
         cells.append([_label(row), row['impl'], str(milliseconds), str(Spread.in_row(row, 'times_faster'))])
+        cells[-1] += [str(Spread.in_row(row, 'times_faster_than_compiled'))] * with_compiled
         cells[-1] += [f'{row["gb_per_s"]:.3g}', f'{row["share_of_copy"]:.1%}', f'{max(found):.2g}']
         cells[-1] += [mb(row['call_mb'])] if memory else []
-    fields = ['case', 'impl', 'ms', 'times faster', 'GB/s', 'of a copy', 'largest error', *['MB'] * memory]
+    fields = [
+        'case',
+        'impl',
+        'ms',
+        'times faster',
+        *['than compiled'] * with_compiled,
+        'GB/s',
+        'of a copy',
+        'largest error',
+        *['MB'] * memory,
+    ]
     print(f'median (least–greatest) of {rows[0]["rounds"]}; a copy moves {rows[0]["copy_gb_per_s"]:.3g} GB/s')
     print_table(fields, cells)
     print('GB/s: of the bytes that must move; error: against float64, of the result and in full mode of the gradients')

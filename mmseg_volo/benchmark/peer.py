@@ -1,5 +1,7 @@
 """The two sides: this package's segmentor, and its peer, timm's VOLO in mmseg's own, with the same weights."""
 
+import copy
+
 import numpy as np
 import timm
 import torch
@@ -57,7 +59,12 @@ class TimmVOLO(BaseModule):
         self.load_state_dict({**renamed, 'volo.pos_embed': state['pos_embed']})
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        # Outside of what torch.compile sees, where an exchanged parameter would break the graph.
         self.volo.pos_embed = self._pos_embed_for((x.shape[2] // STRIDE, x.shape[3] // STRIDE))
+        return self.stages(x)
+
+    def stages(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The stage maps of pictures that ``volo.pos_embed`` fits."""
         maps = self.volo.forward_intermediates(x, intermediates_only=True)
         if not self.out_norm:
             return tuple(maps)
@@ -70,6 +77,24 @@ class TimmVOLO(BaseModule):
         if grid not in self._grids:
             self._grids[grid] = nn.Parameter(resize_pos_embed(self.pos_embed, grid), requires_grad=False)
         return self._grids[grid]
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """A copy of a stock model whose networks go through ``torch.compile``, one graph for each and each input shape.
+
+    Args:
+        model: a :class:`TimmVOLO`, a segmentor with one, or mmseg's model for test-time augmentation around it.
+    """
+    copied = copy.deepcopy(model)
+    inner = copied.module if isinstance(copied, SegTTAModel) else copied
+    if isinstance(inner, TimmVOLO):
+        inner.stages = torch.compile(inner.stages, dynamic=False)
+        return copied
+    inner.backbone.stages = torch.compile(inner.backbone.stages, dynamic=False)
+    heads = [inner.decode_head, *([inner.auxiliary_head] if inner.with_auxiliary_head else [])]
+    for head in heads:  # mmseg calls their forward by its name
+        head.forward = torch.compile(head.forward, dynamic=False)
+    return copied
 
 
 def segmentor(

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .cases import Case
+from .cases import COMPILED, Case
 from .measuring import Memory, autocast, memory_of
-from .peer import build, ready
+from .peer import build, compiled, ready
 from .pictures import prepare
 
 
@@ -20,13 +20,13 @@ def predict(model: nn.Module, case: Case, side: str, data: dict) -> Tensor:
     """Class ids (H, W) from what :func:`~mmseg_volo.benchmark.pictures.prepare` gave, which is not changed."""
     data = dict(data, data_samples=copy.deepcopy(data['data_samples']))
     # Ours takes the precision from test_cfg.
-    with autocast(case.precision if side == 'stock' else 'fp32', case.device):
+    with autocast('fp32' if side == 'ours' else case.precision, case.device):
         return model.test_step(data)[0].pred_sem_seg.data.squeeze(0)
 
 
 def warm_up(model: nn.Module, case: Case, side: str, picture: np.ndarray) -> None:
     """One window; the whole picture where kernels are compiled or chosen by shape."""
-    if case.compile or torch.device(case.device).type != 'cpu':
+    if case.compile or side == COMPILED or torch.device(case.device).type != 'cpu':
         predict(model, case, side, prepare(picture, case.views))
         return
     data = prepare(picture[: case.window, : case.window], case.views)
@@ -45,7 +45,9 @@ def measure_memory(case: Case, side: str, picture: np.ndarray) -> Memory:
 
 
 def _prediction(case: Case, side: str, path: Path) -> Iterator[None]:
-    model = ready(build(case, side), case, side)
+    model = ready(build(case, 'stock' if side == COMPILED else side), case, side)
+    if side == COMPILED:
+        model = compiled(model)
     yield
     data = prepare(np.load(path), case.views)
     yield

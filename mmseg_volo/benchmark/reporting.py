@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from prettytable import PrettyTable
 
-from .cases import SIDES
+from .cases import COMPILED, SIDES
 
 MEMORY_NOTES = dict(
     growth='peak resident memory above what the process with the built model takes',
@@ -21,11 +21,11 @@ MEMORY_AXES = dict(growth='peak memory above the built model (MB)', peak='peak m
 
 
 class Spread(NamedTuple):
-    """Median, least and greatest of the rounds."""
+    """Median, least and greatest of the rounds; None where nothing was measured."""
 
-    median: float
-    least: float
-    greatest: float
+    median: float | None
+    least: float | None
+    greatest: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> 'Spread':
@@ -39,9 +39,19 @@ class Spread(NamedTuple):
         return {name: self.median, f'{name}_min': self.least, f'{name}_max': self.greatest}
 
     def __str__(self) -> str:
+        if self.median is None:
+            return '–'
         if self.least == self.greatest:
-            return f'{self.median:.3g}'
-        return f'{self.median:.3g} ({self.least:.3g}–{self.greatest:.3g})'
+            return _three_digits(self.median)
+        return f'{_three_digits(self.median)} ({_three_digits(self.least)}–{_three_digits(self.greatest)})'
+
+
+def _three_digits(value: float) -> str:
+    return f'{value:,.0f}' if value >= 1000 else f'{value:.3g}'
+
+
+NO_SPREAD = Spread(None, None, None)
+NOT_ASKED = 'not asked for'
 
 
 def times_faster(seconds: dict[str, list[float]], side: str, baseline: str) -> Spread:
@@ -49,12 +59,24 @@ def times_faster(seconds: dict[str, list[float]], side: str, baseline: str) -> S
     return Spread.of([slow / fast for slow, fast in zip(seconds[baseline], seconds[side], strict=True)])
 
 
-def columns_of_sides(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Columns for the times of stock and ours."""
+def columns_of_sides(seconds: dict[str, list[float]], missing: str | None = None) -> dict[str, float | str | None]:
+    """Columns for the times of stock and ours, and of the compiled peer or why it is missing."""
     row = {}
     for side in SIDES:
         row.update(Spread.of(seconds[side]).columns(f'{side}_s'))
-    return {**row, **times_faster(seconds, 'ours', 'stock').columns('times_faster')}
+    row.update(times_faster(seconds, 'ours', 'stock').columns('times_faster'))
+    there = COMPILED in seconds
+    of_peer = Spread.of(seconds[COMPILED]) if there else NO_SPREAD
+    faster = times_faster(seconds, 'ours', COMPILED) if there else NO_SPREAD
+    row.update(**of_peer.columns(f'{COMPILED}_s'), **faster.columns('times_faster_than_compiled'))
+    return {**row, 'compiled_missing': missing}
+
+
+def ratio_of_memory(row: dict) -> float | None:
+    """Ours as a share of stock's."""
+    kind = memory_kind(row)
+    ours, stock = row[f'ours_{kind}_mb'], row[f'stock_{kind}_mb']
+    return None if ours is None or not stock else ours / stock
 
 
 def progress(line: str) -> None:
@@ -122,16 +144,35 @@ def print_sides(
         runs: what was measured of it, as in the names of the columns: ``stock{run}_peak_mb``.
     """
     kind = memory_kind(rows[0])
+    with_peer = compiled_in(rows)
+    columns = {'stock_s': 'stock (s)', 'ours_s': 'ours (s)', 'times_faster': 'times faster'}
+    if with_peer:
+        columns.update(compiled_s='compiled (s)', times_faster_than_compiled='times faster than compiled')
     taken = [f'{side}{run}' for run in runs for side in SIDES] if memory else []
+    if any(row['compiled_peak_mb'] for row in rows):
+        taken.append(COMPILED)
     cells = []
     for row, label in zip(rows, labels, strict=True):
-        times = [str(Spread.in_row(row, name)) for name in ('stock_s', 'ours_s', 'times_faster')]
+        times = [str(Spread.in_row(row, name)) for name in columns]
         others = [cell.format(**row) for cell in fields.values()]
         cells.append([label, *times, *others, *(mb(row[f'{name}_{kind}_mb']) for name in taken)])
     headings = [f'{name.replace("_", " ")} (MB)' for name in taken]
-    print_table(['network', 'stock (s)', 'ours (s)', 'times faster', *fields, *headings], cells)
+    print_table(['network', *columns.values(), *fields, *headings], cells)
     if memory:
         print(f'MB: {MEMORY_NOTES[kind]}')
+    print_missing(rows, labels)
+
+
+def compiled_in(rows: Sequence[dict]) -> bool:
+    """Whether the compiled peer was asked for."""
+    return any(row['compiled_missing'] != NOT_ASKED for row in rows)
+
+
+def print_missing(rows: Sequence[dict], labels: Sequence[str]) -> None:
+    """Why there is no compiled peer, where it was asked for."""
+    for row, label in zip(rows, labels, strict=True):
+        if row['compiled_missing'] not in (None, NOT_ASKED):
+            print(f'{label}: no compiled peer: {row["compiled_missing"]}')
 
 
 def plot_sides(rows: Sequence[dict], labels: Sequence[str], path: Path) -> None:
@@ -142,9 +183,12 @@ def plot_sides(rows: Sequence[dict], labels: Sequence[str], path: Path) -> None:
         panels[MEMORY_AXES[kind]] = f'{{}}_{kind}_mb'
     drawn, axes = figure(len(panels), rows, 1.6 + 0.6 * len(rows))
     places = np.arange(len(rows))
+    sides = ('stock', COMPILED, 'ours') if any(row['compiled_s'] for row in rows) else SIDES
+    height = 0.8 / len(sides)
     for axis, (title, name) in zip(axes, panels.items(), strict=True):
-        for i, side in enumerate(SIDES):
-            axis.barh(places + 0.4 * i - 0.2, [row[name.format(side)] or 0 for row in rows], 0.4, label=side)
+        for i, side in enumerate(sides):
+            lengths = [row.get(name.format(side)) or 0 for row in rows]
+            axis.barh(places + height * (i - (len(sides) - 1) / 2), lengths, height, label=side)
         axis.set(xlabel=title, yticks=places, yticklabels=labels)
         axis.invert_yaxis()
     axes[0].legend()

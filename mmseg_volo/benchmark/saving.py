@@ -35,7 +35,7 @@ def measure_saving(cases: Sequence[SaveCase], rounds: int, memory: bool, out: Pa
     """Measure each case; the table and the CSV file go to ``out``."""
     rows = []
     for case in cases:
-        row = {**columns_of(case), **_compare(case, rounds)}
+        row = {**columns_of(case), **compare(case, rounds)}
         for side in SIDES:
             found = memory_of(saving_steps, case, side) if memory else NOT_MEASURED
             row.update(found.columns(side))
@@ -59,7 +59,7 @@ def measure_saving(cases: Sequence[SaveCase], rounds: int, memory: bool, out: Pa
         print('MB: peak memory of saving, above model and optimizer; what the system caches of files is not in it')
 
 
-def _compare(case: SaveCase, rounds: int) -> dict:
+def compare(case: SaveCase, rounds: int) -> dict:
     trainer = _trainer(case)
     trainer.prepare()
     for _ in range(2):

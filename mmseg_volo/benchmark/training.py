@@ -4,8 +4,10 @@ Both have the heads of ``configs/``, and no stochastic depth. A step is the loss
 pass and AdamW.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import inf
 from pathlib import Path
 
 import torch
@@ -15,10 +17,10 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from ..data.street_drawing import draw_scene
-from .cases import SIDES, BatchCase, columns_of
-from .measuring import NOT_MEASURED, autocast, memory_of, take_turns
-from .peer import copy_weights, segmentor
-from .reporting import columns_of_sides, plot_sides, print_sides, write_csv
+from .cases import COMPILED, SIDES, BatchCase, columns_of
+from .measuring import add_compiled, autocast, in_process, memory_columns, memory_here, memory_of, take_turns
+from .peer import compiled, copy_weights, segmentor
+from .reporting import NOT_ASKED, columns_of_sides, plot_sides, print_sides, write_csv
 
 _DRAWN_CLASSES = 19  # of the labels
 
@@ -85,14 +87,15 @@ class Trainer:
         return loss.detach()
 
 
-def measure_train(cases: Sequence[TrainCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
-    """Measure each case; the table, the CSV file and the figure go to ``out``."""
+def measure_train(
+    cases: Sequence[TrainCase], rounds: int, memory: bool, out: Path, environment: dict, compile_seconds: float = inf
+) -> None:
+    """Measure each case; as :func:`~.backbone.measure_backbone`."""
     rows = []
     for case in cases:
-        row = {**columns_of(case), **_compare(case, rounds)}
-        for side in SIDES:
-            found = memory_of(training_steps, case, side) if memory else NOT_MEASURED
-            row.update(found.columns(side))
+        row = {**columns_of(case), **compare(case, rounds, memory, compile_seconds)}
+        if memory and not in_process(case.device):
+            row.update(memory_columns({side: memory_of(training_steps, case, side) for side in SIDES}))
         rows.append({**row, **environment})
         write_csv(out / 'train.csv', rows)
     labels = [str(case) for case in cases]
@@ -101,16 +104,39 @@ def measure_train(cases: Sequence[TrainCase], rounds: int, memory: bool, out: Pa
     plot_sides(rows, labels, out / 'train.png')
 
 
-def _compare(case: TrainCase, rounds: int) -> dict:
+def compare(case: TrainCase, rounds: int, memory: bool = False, compile_seconds: float = 0) -> dict:
     trainers = trainers_of(case)
-    first = {}
-    for side, trainer in trainers.items():
-        torch.manual_seed(0)  # the same dropout on both sides
-        first[f'{side}_loss'] = trainer.step().item()
-        trainer.step()  # the first one has also made the optimizer's state
     calls = {side: trainer.step for side, trainer in trainers.items()}
+    missing: str | None = NOT_ASKED
+    first = {}
+
+    def begin(side: str) -> None:
+        torch.manual_seed(0)  # the same dropout on all sides
+        first[f'{side}_loss'] = calls[side]().item()
+        calls[side]()  # the first one has also made the optimizer's state
+
+    if compile_seconds:
+
+        def peer() -> Callable[[], Tensor]:
+            trainers[COMPILED] = Trainer(compiled(trainers['stock'].model), case)
+            trainers[COMPILED].batch = trainers['stock'].batch
+            calls[COMPILED] = trainers[COMPILED].step
+            return partial(begin, COMPILED)
+
+        _, missing = add_compiled({'stock': calls['stock']}, peer, str(case), compile_seconds)
+        if missing:
+            calls.pop(COMPILED, None)
+    for side in SIDES:
+        begin(side)
+    found = {}
+    if memory and in_process(case.device):
+        for side, trainer in trainers.items():
+            if side in calls:
+                held = trainer.model, trainer.optimizer, trainer.batch['inputs']
+                found[side] = memory_here(calls[side], case.device, *held)
     seconds, _ = take_turns(calls, rounds, case.device, str(case))
-    return {'rounds': rounds, **columns_of_sides(seconds), **first}
+    first.setdefault(f'{COMPILED}_loss', None)
+    return {'rounds': rounds, **columns_of_sides(seconds, missing), **first, **memory_columns(found)}
 
 
 def trainers_of(case: TrainCase) -> dict[str, Trainer]:
@@ -129,7 +155,8 @@ def _build(case: TrainCase, side: str) -> EncoderDecoder:
 
 def training_steps(case: TrainCase, side: str) -> Iterator[None]:
     """For :func:`~mmseg_volo.benchmark.measuring.memory_of`."""
-    trainer = Trainer(_build(case, side), case)
+    model = _build(case, 'stock' if side == COMPILED else side)
+    trainer = Trainer(compiled(model) if side == COMPILED else model, case)
     yield
     trainer.prepare()
     yield
