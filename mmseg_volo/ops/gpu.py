@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+# Three warps to each scheduler at a few spilled registers: with the 255 that some compilers take, two would fit.
+_REGISTERS = {} if torch.version.hip else dict(maxnreg=168)
 _SIZES = ['H', 'W', 'h', 'w']  # not specialised: each divisibility by 16 would compile anew
 
 
@@ -37,7 +39,7 @@ def _wide(x):
 @triton.jit
 def _two(below, above, odd, dtype: tl.constexpr):
     """Two neighbouring 16-bit numbers in float32, from two words; the first is the upper half of ``below`` if odd."""
-    both = (((above.to(tl.uint64) << 32) | below.to(tl.uint64)) >> (odd * 16).to(tl.uint64)).to(tl.uint32)
+    both = tl.where(odd == 1, (above << 16) | (below >> 16), below)
     if dtype == tl.bfloat16:
         return (both << 16).to(tl.float32, bitcast=True), (both & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
@@ -378,9 +380,8 @@ def _cells(tokens, weights, transposed: bool, scale: float, stride: int, padding
     grid = triton.cdiv(triton.cdiv(W, stride) * M, rows), triton.cdiv(H, stride), B
     sizes = H, W, h, w, M, C // M, stride, padding
     with _on(tokens):
-        _cells_kernel[grid](
-            tokens, weights, out, scale * math.log2(math.e), *sizes, transposed, rows, half, num_warps=2
-        )
+        tensors, options = (tokens, weights, out), dict(num_warps=2, **_REGISTERS)
+        _cells_kernel[grid](*tensors, scale * math.log2(math.e), *sizes, transposed, rows, half, **options)
     return out
 
 
