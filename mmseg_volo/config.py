@@ -139,14 +139,22 @@ def set_inference_options(
 
 
 def use_amp(config: Config) -> None:
-    """Switch training to mixed precision: mmengine's float16 with loss scaling on a GPU, bfloat16 on a CPU."""
+    """Switch training to mixed precision: bfloat16, or float16 with loss scaling on a GPU that has no bfloat16.
+
+    A config that names its own wrapper keeps it, and one with ``optim_wrapper.loss_scale`` gets float16 on a GPU.
+    """
     optim = config.optim_wrapper
     if optim.get('type', 'OptimWrapper') == 'OptimWrapper':
-        if get_device() == 'cpu':
+        if get_device() == 'cpu' or ('loss_scale' not in optim and _has_bfloat16()):
             optim.type = 'BFloat16OptimWrapper'
         else:
             optim.type = 'AmpOptimWrapper'
             optim.setdefault('loss_scale', 'dynamic')
+
+
+def _has_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16; older ones emulate it, slowly."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_tta(config: Config) -> None:

@@ -1,5 +1,10 @@
 """UPerHead that convolves coarse maps before it enlarges them."""
 
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import ConvModule
@@ -33,11 +38,18 @@ class LeanUPerHead(BandedLoss, UPerHead):
         finest = inputs[-1]
         if self.training and len(finest) == 1 and 1 in self.psp_modules.pool_scales:
             self._check_norms()
-        return _joined_conv(self.bottleneck, [finest, *self.pooled(finest)], self.align_corners)
+        return _joined_conv(self.bottleneck, [finest], self.align_corners, self.pooled(finest))
 
     def pooled(self, finest: Tensor) -> list[Tensor]:
         """The maps of the pyramid pooling module, in sizes of their own."""
-        return [pool(finest) for pool in self.psp_modules]
+        scales = tuple(self.psp_modules.pool_scales)
+        averages = _averages(finest, scales)
+        maps, first = [], 0
+        for scale, module in zip(scales, self.psp_modules, strict=True):
+            own = slice(first, first + scale)
+            maps.append(module[1:](averages[:, own, own].permute(0, 3, 1, 2)))  # what follows the pool
+            first += scale
+        return maps
 
     def _check_norms(self) -> None:
         for norm in self.psp_modules.modules():
@@ -54,73 +66,226 @@ class LeanUPerHead(BandedLoss, UPerHead):
         maps = [conv(x) for conv, x in zip(self.lateral_convs, inputs, strict=False)]
         maps.append(self.psp_forward(inputs))
         for i in range(len(maps) - 1, 0, -1):
-            enlarged = resize(maps[i], maps[i - 1].shape[2:], mode='bilinear', align_corners=self.align_corners)
-            maps[i - 1] = maps[i - 1] + enlarged
+            maps[i - 1] = maps[i - 1] + enlarged(maps[i], maps[i - 1].shape[2:], self.align_corners)
         outs = [conv(x) for conv, x in zip(self.fpn_convs, maps, strict=False)]
         return _joined_conv(self.fpn_bottleneck, [*outs, maps[-1]], self.align_corners)
 
 
-def _joined_conv(module: ConvModule, maps: list[Tensor], align_corners: bool) -> Tensor:
-    """``module`` on the channels of all maps, enlarged to the first one's size."""
+def _joined_conv(module: ConvModule, maps: list[Tensor], align_corners: bool, pooled: Sequence[Tensor] = ()) -> Tensor:
+    """``module`` on the channels of all maps, enlarged to the first one's size; ``pooled`` have a few points each."""
     size = maps[0].shape[2:]
     if type(module.conv) is not nn.Conv2d:  # some other kind, by conv_cfg
-        enlarged = [resize(x, size, mode='bilinear', align_corners=align_corners) for x in maps]
-        return module(torch.cat(enlarged, 1))
-    weights = module.conv.weight.split([x.shape[1] for x in maps], dim=1)
-    by_size: dict[str, list[int]] = {}
-    for i, x in enumerate(maps):  # by their names: the sizes of a graph that is exported may be open
-        by_size.setdefault(str(tuple(x.shape[2:])), []).append(i)
-    out = None
-    for shape, members in by_size.items():
-        x, weight = (torch.cat([of[i] for i in members], 1) for of in (maps, weights))
-        if shape == str(tuple(size)):
-            part = F.conv2d(x, weight, module.conv.bias, padding=1)
+        whole = [resize(x, size, mode='bilinear', align_corners=align_corners) for x in (*maps, *pooled)]
+        return module(torch.cat(whole, 1))
+    groups = [maps[:1]]  # of neighbours of one size
+    for x in maps[1:]:
+        if _same(x.shape[2:], groups[-1][0].shape[2:]):
+            groups[-1].append(x)
         else:
-            part = conv_of_enlarged(x, weight, size, align_corners)
-        out = part if out is None else out + part
+            groups.append([x])
+    groups.append(list(pooled))
+    weights = module.conv.weight.split([sum(x.shape[1] for x in group) for group in groups], dim=1)
+    out = F.conv2d(_cat(groups[0], 1), weights[0], module.conv.bias, padding=1)
+    # Autocast has chosen the precision of that; the other weights are cast while they are put in order.
+    for group, weight in zip(groups[1:-1], weights[1:-1], strict=True):
+        out += conv_of_enlarged([x.to(out.dtype) for x in group], weight, size, align_corners)
+    if pooled:
+        out += conv_of_pooled([x.to(out.dtype) for x in pooled], weights[-1], size, align_corners)
     if module.with_norm:
         out = module.norm(out)
     return module.activate(out) if module.with_activation else out
 
 
-def conv_of_enlarged(x: Tensor, weight: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """A padded 3 x 3 convolution of a map enlarged bilinearly, without making the enlarged map.
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0]
+
+
+def _same(one: torch.Size, other: torch.Size) -> bool:
+    """By their names: the sizes of a graph that is exported may be open. torch.compile, though, traces no names."""
+    if torch.compiler.is_dynamo_compiling():
+        return one == other
+    return str(tuple(one)) == str(tuple(other))
+
+
+def enlarged(x: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """A map (B, C, h, w) enlarged bilinearly to ``size``, in its own dtype, as by ``F.interpolate``."""
+    if _same(x.shape[2:], size):
+        return x
+    with torch.autocast(x.device.type, enabled=False):  # which would make it float32
+        if x.is_cuda and not torch.compiler.is_compiling():
+            return _enlarged_by_products(x, size, align_corners)
+        return resize(x, size, mode='bilinear', align_corners=align_corners)
+
+
+def _enlarged_by_products(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    """On a GPU faster than ``F.interpolate``, whose gradient is besides added up in any order."""
+    B, C, h, w = x.shape
+    H, W = size
+    rows, columns = (_kept(_enlarge, x, *lengths, align_corners) for lengths in ((h, H), (w, W)))
+    x = torch.bmm(rows.expand(B, H, h), x.permute(0, 2, 3, 1).reshape(B, h, w * C))
+    x = torch.bmm(columns.expand(B * H, W, w), x.view(B * H, w, C))
+    return x.view(B, H, W, C).permute(0, 3, 1, 2)
+
+
+def conv_of_enlarged(
+    maps: Sequence[Tensor], weight: Tensor, size: tuple[int, int], align_corners: bool = False
+) -> Tensor:
+    """A padded 3 x 3 convolution of maps joined and enlarged bilinearly, without making the enlarged map.
 
     Args:
-        x: (B, C, h, w).
-        weight: (O, C, 3, 3).
+        maps: each (B, C_i, h, w).
+        weight: (O, C, 3, 3), where C is the sum of all C_i.
         size: (H, W) to enlarge to.
         align_corners: as in ``F.interpolate``.
 
     Returns:
-        (B, O, H, W), equal to ``F.conv2d(F.interpolate(x, size, mode='bilinear', ...), weight, padding=1)``.
+        (B, O, H, W), equal to ``F.conv2d(F.interpolate(torch.cat(maps, 1), size, mode='bilinear'), weight, padding=1)``
+        in the dtype of the maps.
+    """
+    B, _, h, w = maps[0].shape
+    H, W = size
+    O, C = weight.shape[:2]  # noqa: E741
+    # With the rows first, all that a step adds up lies side by side, for a whole batch.
+    x = _cat([x.permute(2, 0, 3, 1) for x in maps], 3).reshape(1, h, B * w, C).permute(0, 3, 1, 2)
+    taps = weight.permute(2, 3, 0, 1).to(x.dtype, memory_format=torch.contiguous_format).reshape(3, 3 * O, C, 1, 1)
+    rows = _kept(_enlarge_rows, x, h, H, align_corners)
+    columns = _kept(_enlarge_columns, x, w, W, align_corners)
+    # For each row i of taps: the products of its three taps with the coarse map, then the sum along the rows.
+    summed = None  # (H, B w 3 O)
+    for i in range(3):
+        product = F.conv2d(x, taps[i]).permute(0, 2, 3, 1).reshape(h, B * w * 3 * O)
+        summed = rows[i] @ product if summed is None else summed.addmm_(rows[i], product)
+    # Columns: (W, w 3) times (w 3, O) for each row.
+    out = torch.bmm(columns.expand(H * B, W, w * 3), summed.flatten().view(H * B, w * 3, O))
+    return out.view(H, B, W, O).permute(1, 3, 0, 2)
+
+
+def conv_of_pooled(
+    maps: Sequence[Tensor], weight: Tensor, size: tuple[int, int], align_corners: bool = False
+) -> Tensor:
+    """As :func:`conv_of_enlarged`, for maps that have sizes of their own, of a few points: one product enlarges all.
+
+    Args:
+        maps: each (B, C_i, h_i, w_i).
+        weight, size, align_corners: as there.
+
+    Returns:
+        (B, O, H, W), equal to a padded convolution of all maps, enlarged and joined.
+    """
+    B, O = maps[0].shape[0], weight.shape[0]  # noqa: E741
+    H, W = size
+    channels, dtype = [x.shape[1] for x in maps], maps[0].dtype
+    if weight.is_cuda:  # in one launch; a CPU's caches hold the weights of one map
+        taps = _side_by_side(weight, dtype).split(channels, 1)
+    else:
+        taps = [_side_by_side(part, dtype) for part in weight.split(channels, 1)]
+    products = []  # of each point with the nine taps
+    for x, tap in zip(maps, taps, strict=True):
+        product = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) @ tap.T
+        products.append(product.view(B, -1, O, 9).transpose(2, 3))
+    shapes = tuple(tuple(x.shape[2:]) for x in maps)
+    rows, columns = _kept(_enlarge_points, maps[0], shapes, H, W, align_corners)
+    matrix = (rows[:, None] * columns).view(1, H * W, -1)
+    out = torch.bmm(matrix.expand(B, -1, -1), torch.cat(products, 1).flatten(1, 2))
+    return out.view(B, H, W, O).permute(0, 3, 1, 2)
+
+
+def _side_by_side(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(O 9, C): the nine taps of each output of a convolution (O, C, 3, 3)."""
+    return weight.flatten(2).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+
+
+def _averages(x: Tensor, scales: tuple[int, ...]) -> Tensor:
+    """Adaptive average pooling of a map (B, C, h, w) to several scales at once.
+
+    Returns:
+        (B, S, S, C) with S the sum of the scales, where those of each scale lie on the diagonal; the rest says nothing.
     """
     B, C, h, w = x.shape
-    H, W = size
-    O = len(weight)  # noqa: E741
-    rows, columns = _enlarge_and_shift(h, H, align_corners, x), _enlarge_and_shift(w, W, align_corners, x)
-    # For each row i of taps: the products of its three taps with the coarse map, then the sum along the rows.
-    summed = None  # (B, H, w 3 O)
-    for i in range(3):
-        taps = weight[:, :, i].permute(2, 0, 1).reshape(3 * O, C, 1, 1)
-        product = F.conv2d(x, taps).permute(0, 2, 3, 1).reshape(B, h, w * 3 * O)
-        matrix = rows[i].expand(B, H, h)
-        summed = matrix @ product if summed is None else torch.baddbmm(summed, matrix, product)
-    # Columns: (W, w 3) times (w 3, O) for each row.
-    matrix = columns.permute(1, 2, 0).reshape(W, w * 3)
-    return (matrix @ summed.view(B * H, w * 3, O)).view(B, H, W, O).permute(0, 3, 1, 2)
+    S = sum(scales)
+    with torch.autocast(x.device.type, enabled=False):  # as pooling is, in full precision
+        rows, columns = (_kept(_average, x, scales, n) for n in (h, w))
+        x = torch.bmm(rows.expand(B, S, h), x.permute(0, 2, 3, 1).reshape(B, h, w * C))
+        return torch.bmm(columns.expand(B * S, S, w), x.view(B * S, w, C)).view(B, S, S, C)
 
 
-def _enlarge_and_shift(size: int, out: int, align_corners: bool, like: Tensor) -> Tensor:
-    """(3, out, size): the neighbours before, at and after each point of an enlarged line, from the line's points."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    place = torch.arange(out, dtype=dtype, device=like.device)
+# Matrices made once: on a GPU making one takes twenty launches, longer than what it is for.
+_MATRICES: OrderedDict[tuple, Any] = OrderedDict()
+_MATRICES_KEPT = 256
+_OF_GRAPHS: dict[tuple, Any] = {}
+_LOCK = threading.Lock()
+
+
+def _kept(make: Callable, like: Tensor, *arguments) -> Any:
+    """``make(*arguments, dtype, device)`` with those of ``like``, kept for the next call with the same arguments.
+
+    The latest 256 are kept, and those that a CUDA graph reads, for good.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(like) is not Tensor:
+        return make(*arguments, like.dtype, like.device)  # part of the graph
+    key = make, *arguments, like.dtype, like.device
+    in_graph = like.is_cuda and torch.cuda.is_current_stream_capturing()
+    with _LOCK:
+        made = _MATRICES.get(key)
+        if made is None:
+            with torch.inference_mode(False), torch.no_grad():  # a backward pass may need it later
+                made = make(*key[1:])
+            if in_graph:
+                return made  # it has its values only where the graph is replayed
+            _MATRICES[key] = made
+            if len(_MATRICES) > _MATRICES_KEPT:
+                _MATRICES.popitem(last=False)
+        _MATRICES.move_to_end(key)
+        if in_graph:
+            _OF_GRAPHS[key] = made
+    return made
+
+
+def _enlarge(size: int, out: int, align_corners: bool, kind: torch.dtype, device: torch.device) -> Tensor:
+    """(out, size): the points of a line enlarged linearly, from the line's points."""
+    dtype = torch.promote_types(kind, torch.float32)
+    place = torch.arange(out, dtype=dtype, device=device)
     if align_corners:
         position = place * ((size - 1) / max(out - 1, 1))
     else:
         position = ((place + 0.5) * (size / out) - 0.5).clamp(0, size - 1)
     # The weight of a neighbour falls from 1 to 0 over the distance to the next one.
-    distance = position[:, None] - torch.arange(size, dtype=dtype, device=like.device)
-    enlarged = (1 - distance.abs()).clamp(0, 1)
-    padded = F.pad(enlarged, (0, 0, 1, 1))
-    return torch.stack([padded[i : i + out] for i in range(3)]).to(like.dtype)
+    distance = position[:, None] - torch.arange(size, dtype=dtype, device=device)
+    return (1 - distance.abs()).clamp(0, 1).to(kind)
+
+
+def _enlarge_rows(size: int, out: int, *arguments) -> Tensor:
+    """(3, out, size): the neighbours before, at and after each point of an enlarged line, from the line's points."""
+    padded = F.pad(_enlarge(size, out, *arguments), (0, 0, 1, 1))
+    return torch.stack([padded[i : i + out] for i in range(3)])
+
+
+def _enlarge_columns(*arguments) -> Tensor:
+    """(out, size 3): the same, for one point after the other."""
+    return _enlarge_rows(*arguments).permute(1, 2, 0).flatten(1)
+
+
+def _enlarge_points(
+    shapes: tuple[tuple[int, int], ...], H: int, W: int, align_corners: bool, kind: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(H, K) and (W, K), with K nine taps for each point of each map: what an enlarged row and column take of them."""
+    rows, columns = [], []
+    for h, w in shapes:
+        # (H, h, 1, 3, 1) and (W, 1, w, 1, 3), as the points and their taps lie
+        row = _enlarge_rows(h, H, align_corners, kind, device).permute(1, 2, 0)[:, :, None, :, None]
+        column = _enlarge_rows(w, W, align_corners, kind, device).permute(1, 2, 0)[:, None, :, None, :]
+        rows.append(row.expand(-1, -1, w, -1, 3).flatten(1))
+        columns.append(column.expand(-1, h, -1, 3, -1).flatten(1))
+    return torch.cat(rows, 1), torch.cat(columns, 1)
+
+
+def _average(scales: tuple[int, ...], size: int, kind: torch.dtype, device: torch.device) -> Tensor:
+    """(sum of scales, size): adaptive average pooling of a line to each scale, as ``F.adaptive_avg_pool1d`` has it."""
+    dtype = torch.promote_types(kind, torch.float32)
+    place = torch.arange(size, device=device)
+    matrices = []
+    for scale in scales:
+        bins = torch.arange(scale, device=device)[:, None]
+        first, last = bins * size // scale, ((bins + 1) * size + scale - 1) // scale
+        matrices.append(((place >= first) & (place < last)).to(dtype) / (last - first))
+    return torch.cat(matrices).to(kind)

@@ -1,4 +1,4 @@
-"""Running on what there is, and going on after it was interrupted; mixed precision on a CPU."""
+"""Running on what there is, and going on after it was interrupted; mixed precision in bfloat16."""
 
 import atexit
 import mmap
@@ -277,7 +277,7 @@ def _interface_to(host: str) -> str | None:
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Mixed precision in bfloat16, on a CPU too. Its exponent range is float32's, so the loss needs no scaling."""
+    """Mixed precision in bfloat16, on a GPU or a CPU. Its exponents are float32's, so the loss needs no scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module):

@@ -53,7 +53,9 @@ def test_the_papers_recipe(leaf):
     assert tuple(crop) == (side, side) == tuple(config.model.data_preprocessor.size) == tuple(backbone.img_size)
     assert config.train_dataloader.batch_size == per_gpu  # 8 and 16 in all on 8 GPUs
     assert config.model.test_cfg == dict(mode='slide', crop_size=(side, side), stride=(stride, stride))
-    assert config.optim_wrapper.optimizer == dict(type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    assert config.optim_wrapper.optimizer == dict(
+        type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )
     scales, flips = config.tta_pipeline[1].transforms[:2]
     assert [s.scale_factor for s in scales] == [0.75, 1.0, 1.25, 1.5, 1.75] and [f.prob for f in flips] == [0.0, 1.0]
     assert config.custom_imports.imports == ['mmseg_volo']

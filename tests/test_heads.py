@@ -64,5 +64,5 @@ def test_other_convolutions_and_no_norm():
 def test_conv_of_enlarged_is_interpolate_then_conv(size, out, align_corners):
     x, weight = torch.randn(2, 5, *size, dtype=torch.float64), torch.randn(4, 5, 3, 3, dtype=torch.float64)
     enlarged = F.interpolate(x, out, mode='bilinear', align_corners=align_corners)
-    got = conv_of_enlarged(x, weight, out, align_corners)
+    got = conv_of_enlarged([x], weight, out, align_corners)
     torch.testing.assert_close(got, F.conv2d(enlarged, weight, padding=1), rtol=1e-12, atol=1e-12)

@@ -28,7 +28,7 @@ from mmseg_volo.errors import ConfigError
 from mmseg_volo.sharding import full_state, load_full_state, whole_parameters
 
 SHARDED, PLAIN = VOLOFullyShardedDataParallel, MMDistributedDataParallel
-ADAMW = dict(type='AdamW', lr=1e-3, weight_decay=0.05)
+ADAMW = dict(type='AdamW', lr=1e-3, weight_decay=0.05, fused=True)  # as in configs
 SGD = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.01)
 PARAMWISE = dict(norm_decay_mult=0.0, custom_keys={'pos_embed': dict(decay_mult=0.0)})
 STEPS = 4

@@ -12,8 +12,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
 
+from mmseg_volo import config as config_module
 from mmseg_volo.checkpoint import load_from_local
 from mmseg_volo.config import ConfigError
 from mmseg_volo.folders import find_images
@@ -110,9 +113,45 @@ def test_train_resumes_from_the_checkpoint_without_the_pretrained_file(trained):
     )
 
 
-def test_amp_on_a_cpu_trains_in_bfloat16(trained):
-    if torch.cuda.is_available():
-        pytest.skip("on a GPU --amp is mmengine's own float16 wrapper")
+@pytest.mark.parametrize(
+    ('device', 'has_bfloat16', 'given', 'expected'),
+    [
+        ('cpu', False, {}, dict(type='BFloat16OptimWrapper')),
+        ('cuda', True, {}, dict(type='BFloat16OptimWrapper')),
+        ('cuda', False, {}, dict(type='AmpOptimWrapper', loss_scale='dynamic')),
+        ('cuda', True, dict(loss_scale=512.0), dict(type='AmpOptimWrapper', loss_scale=512.0)),
+        ('cuda', True, dict(type='AmpOptimWrapper'), dict(type='AmpOptimWrapper')),
+        ('cuda', False, dict(type='BFloat16OptimWrapper'), dict(type='BFloat16OptimWrapper')),
+    ],
+    ids=str,
+)
+def test_precision_of_amp(device, has_bfloat16, given, expected, monkeypatch):
+    monkeypatch.setattr(config_module, 'get_device', lambda: device)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: has_bfloat16)
+    optim = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.1))
+    config = Config(dict(optim_wrapper={**optim, **given}))
+    config_module.use_amp(config)
+    assert config.optim_wrapper == {**optim, **given, **expected}
+
+
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_bfloat16_wrapper_computes_in_bfloat16(device, request, monkeypatch):
+    if device == 'cuda':
+        request.getfixturevalue('gpu')
+    monkeypatch.setattr('mmengine.runner.amp.get_device', lambda: device)
+    model = torch.nn.Linear(4, 4).to(device)
+    wrapper = build_optim_wrapper(model, dict(type='BFloat16OptimWrapper', optimizer=dict(type='SGD', lr=0.1)))
+    before = model.weight.detach().clone()
+    with wrapper.optim_context(model):
+        out = model(torch.ones(2, 4, device=device))
+    assert out.dtype == torch.bfloat16
+    wrapper.update_params(out.float().sum())
+    torch.testing.assert_close(model.weight.detach(), before - 0.2)
+
+
+def test_amp_trains_in_bfloat16(trained):
+    if torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip('this GPU has no bfloat16: --amp is float16')
     config, work, _, _ = trained
     output = tool('train.py', config, '--work-dir', work / 'amp', '--amp')
     assert "type='BFloat16OptimWrapper'" in output and 'Iter(train) [4/4]' in output

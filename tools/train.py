@@ -15,7 +15,9 @@ def main() -> None:
         metavar='CHECKPOINT',
         help='go on where a run ended: from this file, by default from the newest whole one in the work dir',
     )
-    parser.add_argument('--amp', action='store_true', help='mixed precision: float16 on a GPU, bfloat16 on a CPU')
+    parser.add_argument(
+        '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU that has no bfloat16'
+    )
     add_common_arguments(parser)
     args = parser.parse_args()
 

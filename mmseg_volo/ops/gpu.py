@@ -1,18 +1,20 @@
 """Fused outlook attention for GPUs: Triton kernels, k = 3, strides 1 and 2.
 
-A softmax row belongs to one window and one of its nine tokens, so to one output token. A "cell" is the stride x stride
-output tokens that the same windows reach; a program makes a row of cells of one head, takes the softmax in registers in
-float32 and writes each token once. Nothing is added through memory, so results are the same bits in each run.
-
 With a = softmax(scale * logits), out[p] = sum over windows and q of a[p, q] v[q]. Backward, in two kernels:
 
     grad_a[p, q]      = <grad[p], v[q]>
     grad_logits[p, q] = scale * a[p, q] (grad_a[p, q] - sum over n of a[p, n] grad_a[p, n])
     grad_v[q]         = sum over windows and p of a[p, q] grad[p]
 
-The first goes window by window and leaves log2 of each softmax's denominator for the second, which is the forward with
-the weights transposed. Triton cannot index registers, hence nine names for nine tokens. Importing this module imports
-Triton.
+A softmax row belongs to one window and one of its nine tokens, so to one output token. A "cell" is the stride x stride
+output tokens that the same windows reach. A thread of :func:`_cells_kernel` makes one cell of one head and half of its
+channels: it takes the softmax rows of the cell in float32, adds the weights with which several windows give an output
+token the same input token, and reads each input token once. :func:`_windows_kernel` goes window by window; it writes
+the gradient of the logits and the transposed attention, with which the first kernel makes grad_v. Nothing is added
+through memory, so results are the same bits in each run.
+
+16-bit numbers are read two at a time, as words of 4 bytes, since rows of nine begin at odd places. What limits the
+speed is measured in docs/benchmarks.md. Importing this module imports Triton.
 """
 
 import math
@@ -21,9 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-# Windows and cells of a program: least instructions without much spilling in what compiles for sm_80 and sm_90, which
-# also gave the halves in _cells_kernel and the integers in _wide. Not timed yet.
-_WINDOWS, _CELLS, _CELLS_16_BIT_SM_90, _WARPS = 32, 32, 64, 4
+# Three warps to each scheduler at a few spilled registers: with the 255 that some compilers take, two would fit.
+_REGISTERS = {} if torch.version.hip else dict(maxnreg=168)
+_SIZES = ['H', 'W', 'h', 'w']  # not specialised: each divisibility by 16 would compile anew
 
 
 @triton.jit
@@ -35,329 +37,358 @@ def _wide(x):
 
 
 @triton.jit
-def _load_nine(x, step: tl.constexpr, live, other):
-    """Nine numbers at each place, (windows,) in float32 each, or ``other`` where there is no window."""
-    x0 = _wide(tl.load(x, mask=live, other=other))
-    x1 = _wide(tl.load(x + step, mask=live, other=other))
-    x2 = _wide(tl.load(x + 2 * step, mask=live, other=other))
-    x3 = _wide(tl.load(x + 3 * step, mask=live, other=other))
-    x4 = _wide(tl.load(x + 4 * step, mask=live, other=other))
-    x5 = _wide(tl.load(x + 5 * step, mask=live, other=other))
-    x6 = _wide(tl.load(x + 6 * step, mask=live, other=other))
-    x7 = _wide(tl.load(x + 7 * step, mask=live, other=other))
-    x8 = _wide(tl.load(x + 8 * step, mask=live, other=other))
-    return x0, x1, x2, x3, x4, x5, x6, x7, x8
+def _two(below, above, odd, dtype: tl.constexpr):
+    """Two neighbouring 16-bit numbers in float32, from two words; the first is the upper half of ``below`` if odd."""
+    both = tl.where(odd == 1, (above << 16) | (below >> 16), below)
+    if dtype == tl.bfloat16:
+        return (both << 16).to(tl.float32, bitcast=True), (both & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        low, high = (both & 0xFFFF).to(tl.uint16), (both >> 16).to(tl.uint16)
+        return low.to(dtype, bitcast=True).to(tl.float32), high.to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def _softmax(factor, x0, x1, x2, x3, x4, x5, x6, x7, x8):
-    """exp(scale * x) / 2**top nine times, top, and the nine's sum; ``factor`` is scale * log2(e), above 0."""
+def _columns(x, ROWS: tl.constexpr, N: tl.constexpr):
+    """The N columns (ROWS,) of x (ROWS, N); N is a power of two."""
+    if N == 1:
+        out = (tl.reshape(x, (ROWS,)),)
+    else:
+        even, odd = tl.split(tl.reshape(x, (ROWS, N // 2, 2)))
+        even, odd = _columns(even, ROWS, N // 2), _columns(odd, ROWS, N // 2)
+        out = (even[0], odd[0])
+        for i in tl.static_range(1, N // 2):
+            out = out + (even[i], odd[i])
+    return out
+
+
+@triton.jit
+def _in_words(numbers, start):
+    """Words of the numbers from ``start`` on, and whether these begin in the upper half of the first one."""
+    if numbers.dtype.element_ty == tl.float32:
+        return numbers + start, 0
+    else:
+        return numbers.to(tl.pointer_type(tl.uint32), bitcast=True) + (start >> 1), (start & 1).to(tl.int32)
+
+
+@triton.jit
+def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
+    """COUNT numbers or one more from each place, (ROWS,) in float32 each; zeros where there is no window."""
+    if dtype == tl.float32:
+        N: tl.constexpr = 16 if COUNT <= 16 else 32
+        n = tl.arange(0, N)
+        x = tl.load(words + at[:, None] + n[None, :], mask=live[:, None] & (n < COUNT)[None, :], other=0.0)
+        out = _columns(x, ROWS, N)
+    else:
+        N: tl.constexpr = 8 if COUNT <= 15 else 16
+        n = tl.arange(0, N)
+        used = live[:, None] & (n < COUNT // 2 + 1)[None, :]
+        x = _columns(tl.load(words + (at >> 1)[:, None] + n[None, :], mask=used, other=0), ROWS, N)
+        out = ()
+        for i in tl.static_range(0, COUNT, 2):
+            out = out + _two(x[i // 2], x[i // 2 + 1], at & 1, dtype)
+    return out
+
+
+@triton.jit
+def _softmax(x, FIRST: tl.constexpr, live, factor):
+    """Softmax of nine of the numbers ``x``; ``factor`` is scale * log2(e), above 0. Zeros where there is no window."""
+    x0, x1, x2, x3, x4 = x[FIRST], x[FIRST + 1], x[FIRST + 2], x[FIRST + 3], x[FIRST + 4]
+    x5, x6, x7, x8 = x[FIRST + 5], x[FIRST + 6], x[FIRST + 7], x[FIRST + 8]
     top = tl.maximum(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), tl.maximum(tl.maximum(x4, x5), x6))
     top = tl.maximum(tl.maximum(top, x7), x8) * factor
     x0, x1, x2 = tl.exp2(x0 * factor - top), tl.exp2(x1 * factor - top), tl.exp2(x2 * factor - top)
     x3, x4, x5 = tl.exp2(x3 * factor - top), tl.exp2(x4 * factor - top), tl.exp2(x5 * factor - top)
     x6, x7, x8 = tl.exp2(x6 * factor - top), tl.exp2(x7 * factor - top), tl.exp2(x8 * factor - top)
-    return x0, x1, x2, x3, x4, x5, x6, x7, x8, top, x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7 + x8
+    share = tl.where(live, 1.0 / (x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7 + x8), 0.0)
+    x0, x1, x2, x3, x4 = x0 * share, x1 * share, x2 * share, x3 * share, x4 * share
+    return x0, x1, x2, x3, x4, x5 * share, x6 * share, x7 * share, x8 * share
 
 
 @triton.jit
-def _weights(logits, denominators, n: tl.constexpr, live, factor, REACHED: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """a[n, 0...8], or transposed a[0...8, n], (windows,) in float32 each; zeros where there is no window."""
-    x0 = live.to(tl.float32)  # of the right kind where no weights are asked for; never read
-    x1, x2, x3, x4, x5, x6, x7, x8 = x0, x0, x0, x0, x0, x0, x0, x0
-    if REACHED and TRANSPOSED:
-        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _load_nine(logits + n, 9, live, 0.0)
-        d0, d1, d2, d3, d4, d5, d6, d7, d8 = _load_nine(denominators, 1, live, float('inf'))
-        x0, x1, x2 = tl.exp2(x0 * factor - d0), tl.exp2(x1 * factor - d1), tl.exp2(x2 * factor - d2)
-        x3, x4, x5 = tl.exp2(x3 * factor - d3), tl.exp2(x4 * factor - d4), tl.exp2(x5 * factor - d5)
-        x6, x7, x8 = tl.exp2(x6 * factor - d6), tl.exp2(x7 * factor - d7), tl.exp2(x8 * factor - d8)
-    elif REACHED:
-        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _load_nine(logits + 9 * n, 1, live, 0.0)
-        x0, x1, x2, x3, x4, x5, x6, x7, x8, _top, total = _softmax(factor, x0, x1, x2, x3, x4, x5, x6, x7, x8)
-        share = tl.where(live, 1.0 / total, 0.0)
-        x0, x1, x2, x3, x4 = x0 * share, x1 * share, x2 * share, x3 * share, x4 * share
-        x5, x6, x7, x8 = x5 * share, x6 * share, x7 * share, x8 * share
-    return x0, x1, x2, x3, x4, x5, x6, x7, x8
-
-
-@triton.jit
-def _token(tokens, y, x, n: tl.constexpr, H, W, C, channels, in_head):
-    """Token n of the windows whose corners are (y, x): (windows, channels) in float32, zeros outside."""
-    row, column = y + n // 3, x + n % 3
-    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
-    places = tokens + (row * W + column)[:, None] * C + channels[None, :]
-    return _wide(tl.load(places, mask=inside[:, None] & in_head[None, :], other=0.0))
-
-
-@triton.jit
-def _store_token(out, value, y, x, H, W, C, channels, in_head):
-    inside = (y < H) & (x < W)
-    places = out + (y * W + x)[:, None] * C + channels[None, :]
-    tl.store(places, value.to(out.dtype.element_ty), mask=inside[:, None] & in_head[None, :])
-
-
-@triton.jit
-def _spread(
-    a00,
-    b00,
-    a01,
-    b01,
-    a10,
-    b10,
-    a11,
-    b11,
-    a,
-    b,
-    w00,
-    w01,
-    w10,
-    w11,
-    R00: tl.constexpr,
-    R01: tl.constexpr,
-    R10: tl.constexpr,
-    R11: tl.constexpr,
+def _weights(
+    words, at, live, factor, TWO: tl.constexpr, TRANSPOSED: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Add one token of the windows, weighed, to those tokens of the cells that the windows reach."""
-    if R00:
-        a00 += w00[:, None] * a
-        b00 += w00[:, None] * b
-    if R01:
-        a01 += w01[:, None] * a
-        b01 += w01[:, None] * b
-    if R10:
-        a10 += w10[:, None] * a
-        b10 += w10[:, None] * b
-    if R11:
-        a11 += w11[:, None] * a
-        b11 += w11[:, None] * b
-    return a00, b00, a01, b01, a10, b10, a11, b11
+    """The nine weights of an output token in a window, and if TWO those of the next token; (ROWS,) in float32 each."""
+    if TRANSPOSED:  # ready to use, ten to a row
+        x = _numbers(words, at, live, 20 if TWO else 10, dtype, ROWS)
+        out = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8])
+        if TWO:
+            out = out + (x[10], x[11], x[12], x[13], x[14], x[15], x[16], x[17], x[18])
+    else:
+        x = _numbers(words, at, live, 18 if TWO else 9, dtype, ROWS)
+        out = _softmax(x, 0, live, factor)
+        if TWO:
+            out = out + _softmax(x, 9, live, factor)
+    return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _cells_kernel(
     tokens,  # (B, H, W, M, D)
-    logits,  # (B, h, w, M, 9, 9)
-    denominators,  # (B, h, w, M, 9) in float32; read if TRANSPOSED
+    weights,  # (B, h, w, M, 9, 9), the logits; if TRANSPOSED (B, h, w, M, 9, 10), a^T and one number unused
     out,  # (B, H, W, M, D)
     factor,  # scale * log2(e)
     H,
     W,
     h,
     w,
-    M,
+    M: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     TRANSPOSED: tl.constexpr,
-    CELLS: tl.constexpr,
+    ROWS: tl.constexpr,
     HALF: tl.constexpr,  # power of two that holds half the channels of a head
 ):
-    """out = sum of a tokens, or with TRANSPOSED of a^T tokens, for a row of cells of one head.
+    """out = sum of a tokens, or with TRANSPOSED of a^T tokens, for neighbouring (cell, head) of one row of cells.
 
     Channels come in two halves, a and b: a thread that holds more of them repeats less of the softmax.
     """
-    head, batch = tl.program_id(0) % M, tl.program_id(2).to(tl.int64)
-    # As long as cell_x: Triton's interpreter widens a single truth value that meets many.
-    cell_y = tl.program_id(1) + tl.zeros((CELLS,), tl.int32)
-    cell_x = tl.program_id(0) // M * CELLS + tl.arange(0, CELLS)
-    C = M * D
-    c_a = tl.arange(0, HALF)
-    c_b = c_a + (D + 1) // 2
-    in_a, in_b = c_a < (D + 1) // 2, c_b < D
-    tokens += batch * H * W * C + head * D
-    out += batch * H * W * C + head * D
-    logits += (batch * h * w * M + head) * 81
-    denominators += (batch * h * w * M + head) * 9
-
-    a00 = tl.zeros((CELLS, HALF), tl.float32)
-    b00, a01, b01, a10, b10, a11, b11 = a00, a00, a00, a00, a00, a00, a00
+    C: tl.constexpr = M * D
+    LINE: tl.constexpr = 10 if TRANSPOSED else 9
+    dtype: tl.constexpr = weights.dtype.element_ty
     # Window cell + d starts at token STRIDE * (cell + d) - PADDING: for these d it reaches the cell.
     FIRST: tl.constexpr = -((2 - PADDING) // STRIDE)
     LAST: tl.constexpr = (STRIDE - 1 + PADDING) // STRIDE
-    for dy in tl.static_range(FIRST, LAST + 1):
-        for dx in tl.static_range(FIRST, LAST + 1):
-            y, x = cell_y + dy, cell_x + dx
-            live = (y >= 0) & (y < h) & (x >= 0) & (x < w)
-            of_window = logits + (y * w + x) * M * 81
-            sums = denominators + (y * w + x) * M * 9
-            y, x = y * STRIDE - PADDING, x * STRIDE - PADDING
-            # The cell's first token is the window's token n, if i and j are within the window; then its neighbours.
-            i, j = PADDING - STRIDE * dy, PADDING - STRIDE * dx
-            n = 3 * i + j
-            # Pairs in brackets: older Triton takes no longer chains.
-            row0, row1 = i >= 0 and i < 3, STRIDE == 2 and (i >= -1 and i < 2)
-            column0, column1 = j >= 0 and j < 3, STRIDE == 2 and (j >= -1 and j < 2)
-            R00, R01, R10, R11 = row0 and column0, row0 and column1, row1 and column0, row1 and column1
-            p0, p1, p2, p3, p4, p5, p6, p7, p8 = _weights(of_window, sums, n, live, factor, R00, TRANSPOSED)
-            q0, q1, q2, q3, q4, q5, q6, q7, q8 = _weights(of_window, sums, n + 1, live, factor, R01, TRANSPOSED)
-            r0, r1, r2, r3, r4, r5, r6, r7, r8 = _weights(of_window, sums, n + 3, live, factor, R10, TRANSPOSED)
-            s0, s1, s2, s3, s4, s5, s6, s7, s8 = _weights(of_window, sums, n + 4, live, factor, R11, TRANSPOSED)
-            a = _token(tokens, y, x, 0, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 0, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p0, q0, r0, s0, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 1, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 1, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p1, q1, r1, s1, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 2, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 2, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p2, q2, r2, s2, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 3, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 3, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p3, q3, r3, s3, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 4, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 4, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p4, q4, r4, s4, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 5, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 5, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p5, q5, r5, s5, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 6, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 6, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p6, q6, r6, s6, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 7, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 7, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p7, q7, r7, s7, R00, R01, R10, R11
-            )
-            a = _token(tokens, y, x, 8, H, W, C, c_a, in_a)
-            b = _token(tokens, y, x, 8, H, W, C, c_b, in_b)
-            a00, b00, a01, b01, a10, b10, a11, b11 = _spread(
-                a00, b00, a01, b01, a10, b10, a11, b11, a, b, p8, q8, r8, s8, R00, R01, R10, R11
-            )
+    SPAN: tl.constexpr = LAST - FIRST + 1
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cell_x, head = row // M, row % M
+    cell_y, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    words, odd = _in_words(weights, batch * h * w * (M * 9 * LINE))
+
+    # Token (i, j) of the cell is in row i + PADDING - STRIDE dy and column j + PADDING - STRIDE dx of window (dy, dx).
+    # The table has 18 weights for each i, dy and dx: nine for j = 0 and nine for j = 1.
+    zero = tl.zeros((ROWS,), tl.float32)
+    none = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    table = ()
+    for i in tl.static_range(STRIDE):
+        for dy in tl.static_range(FIRST, LAST + 1):
+            for dx in tl.static_range(FIRST, LAST + 1):
+                y, x = cell_y + dy, cell_x + dx
+                live = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+                at = ((y * w + x) * M + head) * (9 * LINE) + odd
+                at += LINE * (3 * (i + PADDING - STRIDE * dy) + PADDING - STRIDE * dx)
+                if i + PADDING - STRIDE * dy < 0 or i + PADDING - STRIDE * dy > 2:
+                    table = table + none + none
+                elif STRIDE == 2 and (PADDING - STRIDE * dx >= 0 and PADDING - STRIDE * dx < 2):
+                    table = table + _weights(words, at, live, factor, True, TRANSPOSED, dtype, ROWS)
+                elif PADDING - STRIDE * dx >= 0 and PADDING - STRIDE * dx < 3:
+                    table = table + _weights(words, at, live, factor, False, TRANSPOSED, dtype, ROWS) + none
+                elif STRIDE == 2 and PADDING - STRIDE * dx == -1:
+                    table = table + none + _weights(words, at + LINE, live, factor, False, TRANSPOSED, dtype, ROWS)
+                else:
+                    table = table + none + none
+    if dtype != tl.float32:  # two to a register; weights are at most 1, so float16 keeps more of them than bfloat16
+        packed = ()
+        for n in tl.static_range(STRIDE * SPAN * SPAN * 18):
+            packed = packed + (table[n].to(tl.float16),)
+        table = packed
+
+    c_a = tl.arange(0, HALF)
+    c_b = c_a + (D + 1) // 2
+    in_a, in_b = c_a < (D + 1) // 2, c_b < D
+    tokens += batch * H * W * C
+    out += batch * H * W * C
     y, x = cell_y * STRIDE, cell_x * STRIDE
-    _store_token(out, a00, y, x, H, W, C, c_a, in_a)
-    _store_token(out, b00, y, x, H, W, C, c_b, in_b)
-    if STRIDE == 2:
-        _store_token(out, a01, y, x + 1, H, W, C, c_a, in_a)
-        _store_token(out, b01, y, x + 1, H, W, C, c_b, in_b)
-        _store_token(out, a10, y + 1, x, H, W, C, c_a, in_a)
-        _store_token(out, b10, y + 1, x, H, W, C, c_b, in_b)
-        _store_token(out, a11, y + 1, x + 1, H, W, C, c_a, in_a)
-        _store_token(out, b11, y + 1, x + 1, H, W, C, c_b, in_b)
+    place = (y * W + x) * C + head * D
+    a00 = tl.zeros((ROWS, HALF), tl.float32)
+    b00, a01, b01, a10, b10, a11, b11 = a00, a00, a00, a00, a00, a00, a00
+    for m in tl.static_range(STRIDE * FIRST - PADDING, STRIDE * LAST - PADDING + 3):
+        for n in tl.static_range(STRIDE * FIRST - PADDING, STRIDE * LAST - PADDING + 3):
+            inside = (y + m >= 0) & (y + m < H) & (x + n >= 0) & (x + n < W)
+            places = (tokens + (place + (m * W + n) * C))[:, None]  # in this order it takes fewer registers
+            a = _wide(tl.load(places + c_a[None, :], mask=inside[:, None] & in_a[None, :], other=0.0))
+            b = _wide(tl.load(places + c_b[None, :], mask=inside[:, None] & in_b[None, :], other=0.0))
+            for i in tl.static_range(STRIDE):
+                for j in tl.static_range(STRIDE):
+                    # Windows hold both tokens if STRIDE d is from max(i, m) + PADDING - 2 to min(i, m) + PADDING.
+                    if ((i if i < m else m) + PADDING) // STRIDE * STRIDE >= (m if i < m else i) + PADDING - 2 and (
+                        ((j if j < n else n) + PADDING) // STRIDE * STRIDE >= (n if j < n else j) + PADDING - 2
+                    ):
+                        weight = tl.full((ROWS,), -0.0, tl.float32)  # what adding to costs no instruction
+                        for dy in tl.static_range(FIRST, LAST + 1):
+                            for dx in tl.static_range(FIRST, LAST + 1):
+                                if (
+                                    STRIDE * dy <= (i if i < m else m) + PADDING
+                                    and STRIDE * dy >= (m if i < m else i) + PADDING - 2
+                                ) and (
+                                    STRIDE * dx <= (j if j < n else n) + PADDING
+                                    and STRIDE * dx >= (n if j < n else j) + PADDING - 2
+                                ):
+                                    weight += table[
+                                        ((i * SPAN + dy - FIRST) * SPAN + dx - FIRST) * 18
+                                        + 9 * j
+                                        + 3 * (m + PADDING - STRIDE * dy)
+                                        + n
+                                        + PADDING
+                                        - STRIDE * dx
+                                    ].to(tl.float32)
+                        if i == 0 and j == 0:
+                            a00 += weight[:, None] * a
+                            b00 += weight[:, None] * b
+                        elif i == 0:
+                            a01 += weight[:, None] * a
+                            b01 += weight[:, None] * b
+                        elif j == 0:
+                            a10 += weight[:, None] * a
+                            b10 += weight[:, None] * b
+                        else:
+                            a11 += weight[:, None] * a
+                            b11 += weight[:, None] * b
+    of_a, of_b = (a00, a01, a10, a11), (b00, b01, b10, b11)
+    for i in tl.static_range(STRIDE):
+        for j in tl.static_range(STRIDE):
+            inside = (y + i < H) & (x + j < W)
+            places = (out + place + (i * W + j) * C)[:, None]
+            a, b = of_a[2 * i + j].to(out.dtype.element_ty), of_b[2 * i + j].to(out.dtype.element_ty)
+            tl.store(places + c_a[None, :], a, mask=inside[:, None] & in_a[None, :])
+            tl.store(places + c_b[None, :], b, mask=inside[:, None] & in_b[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _windows_kernel(
     grad,  # (B, H, W, M, D)
     v,  # (B, H, W, M, D)
     logits,  # (B, h, w, M, 9, 9)
     grad_logits,  # (B, h, w, M, 9, 9)
-    denominators,  # (B, h, w, M, 9) in float32: log2 of the sum of exp(scale * logits)
+    transposed,  # (B, h, w, M, 9, 10): a^T, the last number of each row unwritten
     scale,
     factor,  # scale * log2(e)
     H,
     W,
     h,
     w,
-    M,
+    M: tl.constexpr,
     D: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
-    WINDOWS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,  # power of two that holds the channels of a head
 ):
-    """Gradient of the logits for windows of one row and one head, and the denominators."""
-    head, batch = tl.program_id(0) % M, tl.program_id(2).to(tl.int64)
-    y = tl.program_id(1) + tl.zeros((WINDOWS,), tl.int32)
-    x = tl.program_id(0) // M * WINDOWS + tl.arange(0, WINDOWS)
-    live = x < w
-    C = M * D
-    c = tl.arange(0, BLOCK)
-    in_head = c < D
-    grad += batch * H * W * C + head * D
-    v += batch * H * W * C + head * D
-    windows = (batch * h * w + y * w + x) * M + head
-    y, x = y * STRIDE - PADDING, x * STRIDE - PADDING
-    t0 = _token(v, y, x, 0, H, W, C, c, in_head)
-    t1 = _token(v, y, x, 1, H, W, C, c, in_head)
-    t2 = _token(v, y, x, 2, H, W, C, c, in_head)
-    t3 = _token(v, y, x, 3, H, W, C, c, in_head)
-    t4 = _token(v, y, x, 4, H, W, C, c, in_head)
-    t5 = _token(v, y, x, 5, H, W, C, c, in_head)
-    t6 = _token(v, y, x, 6, H, W, C, c, in_head)
-    t7 = _token(v, y, x, 7, H, W, C, c, in_head)
-    t8 = _token(v, y, x, 8, H, W, C, c, in_head)
-    n = tl.arange(0, 16)
-    for p in tl.static_range(9):
-        g = _token(grad, y, x, p, H, W, C, c, in_head)
-        x0, x1, x2, x3, x4, x5, x6, x7, x8 = _load_nine(logits + windows * 81 + 9 * p, 1, live, 0.0)
-        x0, x1, x2, x3, x4, x5, x6, x7, x8, top, total = _softmax(factor, x0, x1, x2, x3, x4, x5, x6, x7, x8)
-        tl.store(denominators + windows * 9 + p, top + tl.log2(total), mask=live)
-        g0, g1, g2 = tl.sum(g * t0, axis=1), tl.sum(g * t1, axis=1), tl.sum(g * t2, axis=1)
-        g3, g4, g5 = tl.sum(g * t3, axis=1), tl.sum(g * t4, axis=1), tl.sum(g * t5, axis=1)
-        g6, g7, g8 = tl.sum(g * t6, axis=1), tl.sum(g * t7, axis=1), tl.sum(g * t8, axis=1)
-        mean = x0 * g0 + x1 * g1 + x2 * g2 + x3 * g3 + x4 * g4 + x5 * g5 + x6 * g6 + x7 * g7 + x8 * g8
-        mean, f = mean / total, scale / total
-        x0, x1, x2 = f * x0 * (g0 - mean), f * x1 * (g1 - mean), f * x2 * (g2 - mean)
-        x3, x4, x5 = f * x3 * (g3 - mean), f * x4 * (g4 - mean), f * x5 * (g5 - mean)
-        x6, x7, x8 = f * x6 * (g6 - mean), f * x7 * (g7 - mean), f * x8 * (g8 - mean)
-        # One row of 16 for a store that writes neighbours together: each join adds the next lower bit of the place.
-        o = tl.zeros_like(x0)
-        j0, j1, j2, j3 = tl.join(x0, x8), tl.join(x1, o), tl.join(x2, o), tl.join(x3, o)
-        j4, j5, j6, j7 = tl.join(x4, o), tl.join(x5, o), tl.join(x6, o), tl.join(x7, o)
-        j0, j1, j2, j3 = tl.join(j0, j4), tl.join(j1, j5), tl.join(j2, j6), tl.join(j3, j7)
-        row = tl.reshape(tl.join(tl.join(j0, j2), tl.join(j1, j3)), (WINDOWS, 16))
-        places = grad_logits + (windows * 81 + 9 * p)[:, None] + n[None, :]
-        tl.store(places, row.to(grad_logits.dtype.element_ty), mask=live[:, None] & (n < 9)[None, :])
+    """Gradient of the logits and the transposed attention, for neighbouring (window, head) of one row of windows.
+
+    The products of the nine gradients with the nine tokens of a window are a matrix product, 16 x 16 with the padding.
+    A thread then takes one softmax row.
+    """
+    C: tl.constexpr = M * D
+    dtype: tl.constexpr = logits.dtype.element_ty
+    y, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    x, head = row // M, row % M
+    n, c = tl.arange(0, 16), tl.arange(0, BLOCK)
+    token_y, token_x = y * STRIDE - PADDING + n // 3, x[:, None] * STRIDE - PADDING + (n % 3)[None, :]
+    inside = ((token_y >= 0) & (token_y < H) & (n < 9))[None, :] & (token_x >= 0) & (token_x < W) & (x < w)[:, None]
+    places = ((token_y[None, :] * W + token_x) * C + (head * D)[:, None])[:, :, None] + c[None, None, :]
+    inside = inside[:, :, None] & (c < D)[None, None, :]
+    image = batch * H * W * C
+    of_v = tl.load(v + image + places, mask=inside, other=0.0)
+    of_grad = tl.load(grad + image + places, mask=inside, other=0.0)
+    grad_a = tl.dot(of_grad, tl.permute(of_v, (0, 2, 1)), input_precision='ieee')
+    grad_a = _columns(tl.reshape(grad_a, (ROWS * 16, 16)), ROWS * 16, 16)  # by q; the rows are (window, head, p)
+
+    row = tl.program_id(0) * ROWS * 16 + tl.arange(0, ROWS * 16)
+    row, p = row // 16, row % 16
+    live = (row < w * M) & (p < 9)
+    first = (batch * h + y) * w * M  # (window, head)
+    words, odd = _in_words(logits, first * 81)
+    grad_words, _odd = _in_words(grad_logits, first * 81)
+    at = row * 81 + p * 9 + odd
+    a = ()
+    if dtype == tl.float32:
+        for q in tl.static_range(9):
+            a = a + (tl.load(words + at + q, mask=live, other=0.0),)
+    else:
+        below = tl.load(words + (at >> 1), mask=live, other=0)
+        for i in tl.static_range(4):
+            above = tl.load(words + (at >> 1) + i + 1, mask=live, other=0)
+            a = a + _two(below, above, at & 1, dtype)
+            below = above
+        a = a + (_two(below, below, at & 1, dtype)[0],)
+    a = _softmax(a, 0, live, factor)
+    mean = tl.full((ROWS * 16,), -0.0, tl.float32)
+    for q in tl.static_range(9):
+        mean += a[q] * grad_a[q]
+        tl.store(transposed + first * 90 + row * 90 + q * 10 + p, a[q].to(transposed.dtype.element_ty), mask=live)
+    found = ()
+    for q in tl.static_range(9):
+        found = found + ((scale * a[q] * (grad_a[q] - mean)).to(dtype),)
+    if dtype == tl.float32:
+        for q in tl.static_range(9):
+            tl.store(grad_words + at + q, found[q], mask=live)
+    else:  # four whole words, and half of one that a neighbour writes the rest of
+        is_odd = (at & 1) == 1
+        bits = ()
+        for q in tl.static_range(9):
+            bits = bits + (found[q].to(tl.uint16, bitcast=True).to(tl.uint32),)
+        for i in tl.static_range(4):
+            low, high = (
+                tl.where(is_odd, bits[2 * i + 1], bits[2 * i]),
+                tl.where(is_odd, bits[2 * i + 2], bits[2 * i + 1]),
+            )
+            tl.store(grad_words + ((at + 1) >> 1) + i, low | (high << 16), mask=live)
+        rest = tl.where(is_odd, bits[0], bits[8]).to(tl.uint16).to(dtype, bitcast=True)
+        tl.store(grad_logits + first * 81 + (at - odd) + tl.where(is_odd, 0, 8), rest, mask=live)
 
 
 def check() -> None:
-    """Raise whatever Triton raises where it cannot launch kernels: it needs a driver, and to launch, a C compiler."""
+    """Raise whatever Triton raises where it cannot launch kernels: it needs a driver, and to launch, a C compiler.
+
+    Raises:
+        RuntimeError: Triton is too old: its kernels know no tuples.
+    """
+    if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
+        raise RuntimeError(f'the kernels need Triton 3.3 (it comes with PyTorch 2.7), found {triton.__version__}')
     triton.runtime.driver.active.get_current_target()
 
 
 def forward(v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int) -> torch.Tensor:
     """See :func:`mmseg_volo.ops.outlook_attention`."""
-    return _cells(v.contiguous(), logits.contiguous(), None, scale, stride, padding)
+    return _cells(_aligned(v), _aligned(logits), False, scale, stride, padding)
 
 
 def backward(
     grad: torch.Tensor, v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of ``v`` and ``logits`` from that of the output."""
-    grad, v, logits = grad.contiguous(), v.contiguous(), logits.contiguous()
+    grad, v, logits = _aligned(grad), _aligned(v), _aligned(logits)
     grad_logits = torch.empty_like(logits)
     B, H, W, C = v.shape
     _, h, w, M = logits.shape[:4]
-    denominators = torch.empty((B, h, w, M, 9), dtype=torch.float32, device=v.device)
-    grid = M * triton.cdiv(w, _WINDOWS), h, B
-    tensors, sizes = (grad, v, logits, grad_logits, denominators), (H, W, h, w, M, C // M, stride, padding)
+    # float16 is more precise than bfloat16 for what is between 0 and 1.
+    kept = torch.float32 if logits.dtype == torch.float32 else torch.float16
+    transposed = torch.empty((B, h, w, M, 9, 10), dtype=kept, device=v.device)
+    block = max(triton.next_power_of_2(C // M), 16)
+    rows = min(max(128 // block, 1), 8)
+    grid = triton.cdiv(w * M, rows), h, B
+    tensors, sizes = (grad, v, logits, grad_logits, transposed), (H, W, h, w, M, C // M, stride, padding)
     with _on(v):
-        block = triton.next_power_of_2(C // M)
-        _windows_kernel[grid](*tensors, scale, scale * math.log2(math.e), *sizes, _WINDOWS, block, num_warps=_WARPS)
-    return _cells(grad, logits, denominators, scale, stride, padding), grad_logits
+        _windows_kernel[grid](
+            *tensors, scale, scale * math.log2(math.e), *sizes, rows, block, num_warps=max(rows // 2, 1)
+        )
+    return _cells(grad, transposed, True, scale, stride, padding), grad_logits
 
 
-def _cells(tokens, logits, denominators, scale: float, stride: int, padding: int) -> torch.Tensor:
-    """Sum of a tokens, or where denominators are given of a^T tokens."""
+def _cells(tokens, weights, transposed: bool, scale: float, stride: int, padding: int) -> torch.Tensor:
+    """Sum of a tokens from the logits, or of a^T tokens from a^T itself."""
     B, H, W, C = tokens.shape
-    _, h, w, M = logits.shape[:4]
+    _, h, w, M = weights.shape[:4]
     out = torch.empty_like(tokens)
-    cells = _CELLS
-    if tokens.is_cuda and tokens.element_size() == 2 and torch.cuda.get_device_capability(tokens.device)[0] >= 9:
-        cells = _CELLS_16_BIT_SM_90
-    transposed = denominators is not None
-    # Without denominators any address will do: it is not read.
-    tensors = tokens, logits, denominators if transposed else logits, out
+    half = triton.next_power_of_2((C // M + 1) // 2)
+    rows = min(max(512 // half, 8), 64)  # a thread takes 8 channels of each half
+    if tokens.element_size() == 4:
+        rows //= 2  # 4 channels
+    grid = triton.cdiv(triton.cdiv(W, stride) * M, rows), triton.cdiv(H, stride), B
     sizes = H, W, h, w, M, C // M, stride, padding
-    grid = M * triton.cdiv(triton.cdiv(W, stride), cells), triton.cdiv(H, stride), B
     with _on(tokens):
-        half = triton.next_power_of_2((C // M + 1) // 2)
-        _cells_kernel[grid](*tensors, scale * math.log2(math.e), *sizes, transposed, cells, half, num_warps=_WARPS)
+        tensors, options = (tokens, weights, out), dict(num_warps=2, **_REGISTERS)
+        _cells_kernel[grid](*tensors, scale * math.log2(math.e), *sizes, transposed, rows, half, **options)
     return out
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and at an address that is a multiple of 16 bytes, as the kernels are compiled for."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _on(tensor: torch.Tensor):

@@ -236,7 +236,7 @@ def _training(facts: Facts) -> str:
     wrapper = config.get('optim_wrapper') or {}
     optimizer = wrapper.get('optimizer') or {}
     if optimizer.get('type'):
-        options = ', '.join(f'{k} {_number(v)}' for k, v in optimizer.items() if k != 'type')
+        options = ', '.join(f'{k} {_number(v)}' for k, v in optimizer.items() if k not in ('type', 'fused'))
         rows.append(('optimizer', f'{optimizer["type"]}{f" ({options})" if options else ""}'))
     schedule = config.get('param_scheduler') or []
     schedule = [s for s in (schedule if isinstance(schedule, list) else [schedule]) if isinstance(s, dict)]
