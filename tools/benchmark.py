@@ -194,6 +194,8 @@ def saving(args: argparse.Namespace) -> Callable[[dict], None]:
 
 def models(args: argparse.Namespace) -> Callable[[dict], None]:
     args.model = [name for name in args.model if not (args.no_compiled and name.endswith('-compiled'))]
+    if not args.model:
+        raise ValueError('--no-compiled leaves none of --models')
     todo = [replace(case, run=run) for run in args.run for case in batch_cases(ModelCase, args, 'model')]
     return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
 

@@ -1,8 +1,9 @@
 """Measurements for ``tools/benchmark.py``: time, peak memory, and whether results change.
 
 The peer, "stock", is what mmseg users have without this package: timm's VOLO in mmseg's EncoderDecoder, UPerHead and
-SegTTAModel. Both sides get the same random weights and the same input. Times are taken in one process, where the sides
-take turns; memory is taken in a process for each side. MB are 10^6 bytes.
+SegTTAModel. "compiled" is the same through ``torch.compile``, where a compiler is there (a CPU needs one for C++). All
+sides get the same random weights and the same input. Times are taken in one process, where the sides take turns; memory
+on a GPU there too, on a CPU in a process for each side. MB are 10^6 bytes.
 """
 
 from .backbone import BackboneCase, measure_backbone
