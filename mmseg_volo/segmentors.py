@@ -4,7 +4,9 @@ import ctypes
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from types import FunctionType
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +19,17 @@ from mmseg.utils import SampleList
 from torch import Tensor, nn
 
 from .errors import ConfigError
+from .graphs import Graphs, HalfWeights, can_capture, mark_of
 from .matching import check_weights
 from .streaming import View, axis, stream
+from .volo import VOLO, Block, PatchEmbed, call_block, call_stem
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 # Pixels of the windows in one batch, where nobody says: two of 1024 x 1024 on a GPU.
 _BATCH_PIXELS = {'cpu': 2**18, 'cuda': 2**21}
+# A batch of more pixels keeps a GPU busy for longer than its launches take (VOLO-D1, 16 windows of 512 x 512: 15.7 ms,
+# in a graph 15.1; one window: 15.4 and 2.8), and a graph would hold on to a lot of memory.
+_GRAPH_PIXELS = 2**22
 
 
 @MODELS.register_module()
@@ -36,7 +43,12 @@ class StreamingEncoderDecoder(EncoderDecoder):
     - ``window_batch``: windows in one forward pass; by default 2 of 1024 x 1024 pixels on a GPU, or 1 of 512 x 512 on a
       CPU, and as many more as they are smaller. On a GPU it is halved when memory runs out.
     - ``precision``: 'fp32', 'bf16' or 'fp16' (autocast); by default whatever the caller has set.
-    - ``compile``: run the network through ``torch.compile``.
+    - ``compile``: run the network through ``torch.compile``: of VOLO the blocks and the stem, each kind compiled once
+      for all its blocks; another network as a whole.
+    - ``cuda_graph``: replay a CUDA graph where windows of one number and shape come again. By default on a GPU, for
+      VOLO in eval mode, without gradients, hooks and ``compile``, after the third such batch; True for other networks
+      and with ``compile`` too, after the first one; False never. A graph follows the weights, but not Python attributes
+      of modules that are changed after predictions have been made.
     - ``channels_last``: keep the weights of convolutions in that memory format.
     - ``confidence``: predictions carry ``seg_confidence`` (1, H, W), the probability of the class that was chosen.
     - ``return_logits``: predictions carry ``seg_logits`` (C, H, W), as EncoderDecoder's always do.
@@ -52,6 +64,15 @@ class StreamingEncoderDecoder(EncoderDecoder):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.network = WindowNetwork(self)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As in PyTorch; either mode begins without what predictions have kept."""
+        self.network.graphs.clear()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> nn.Module:
+        self.network.graphs.clear()  # moved or converted weights, whose memory should be free at once
+        return super()._apply(*args, **kwargs)
 
     def to(self, *args, **kwargs) -> nn.Module:
         """As in mmengine, for devices that there are."""
@@ -147,7 +168,8 @@ class StreamingTTAModel(SegTTAModel):
                 f'{self.module.decode_head.threshold}; tta_model=dict(sigmoid_twice=False) averages the probabilities',
                 stacklevel=2,
             )
-        self.network = WindowNetwork(self.module)
+        own = isinstance(self.module, StreamingEncoderDecoder)
+        self.network = self.module.network if own else WindowNetwork(self.module)
 
     @torch.no_grad()
     def test_step(self, data: dict) -> SampleList:
@@ -191,12 +213,17 @@ class WindowNetwork:
         self.segmentor = segmentor
         # Called with the windows done and their number, after each batch.
         self.progress: Callable[[int, int], None] | None = None
+        self.graphs = Graphs()
         self._done, self._all = 0, 0
         self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape
-        self._compiled: Callable | None = None
+        self._compiled: dict[tuple, Callable] = {}
+        self._weights: HalfWeights | None = None  # of the picture at work, where it may use graphs
         # Plain heads are asked for their logits before the resize, so that it can be folded into what follows. Others,
         # and cascades, give what they give.
         self._plain = has_plain_head(segmentor)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_compiled': {}}  # what is compiled is this network's, not a copy's
 
     @property
     def device(self) -> torch.device:
@@ -216,18 +243,61 @@ class WindowNetwork:
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f'test_cfg.precision must be one of {", ".join(PRECISIONS)}, got {precision!r}')
         if cfg.get('channels_last'):
-            self.segmentor.to(memory_format=torch.channels_last)
-        kind = self.device.type
+            self._make_channels_last()
+        device = self.device
+        kind = device.type
         outer = torch.is_autocast_enabled(kind)
-        self._autocast = dict(
-            device_type=kind,
-            enabled=outer if precision is None else precision != 'fp32',
-            dtype=torch.get_autocast_dtype(kind) if precision in (None, 'fp32') else PRECISIONS[precision],
-        )
+        enabled = outer if precision is None else precision != 'fp32'
+        dtype = torch.get_autocast_dtype(kind) if precision in (None, 'fp32') else PRECISIONS[precision]
+        self._autocast = dict(device_type=kind, enabled=enabled, dtype=dtype)
+        mark = mark_of(self.segmentor) if self._may_use_graphs(device) else None
+        self.graphs.follow(mark, device)
+        self._uses_graphs, self._weights = mark is not None, None
+        if self._uses_graphs and enabled:
+            self._weights = self.graphs.weights(self.segmentor, dtype, without=(PatchEmbed,))
         # Autocast keeps the weights that it has cast until the outermost context ends: entered here, they are cast
         # once for the picture. What follows the network is then taken out of it.
-        with torch.autocast(**self._autocast), torch.autocast(kind, enabled=False):
+        with self._compiled_parts(), torch.autocast(**self._autocast), torch.autocast(kind, enabled=False):
             yield
+
+    @contextmanager
+    def _compiled_parts(self):
+        """Where ``test_cfg`` asks for it VOLO calls its blocks and its stem compiled."""
+        backbone = self.segmentor.backbone
+        if not self.segmentor.test_cfg.get('compile') or not isinstance(backbone, VOLO):
+            yield
+            return
+        backbone.calls = {Block: self._compile(call_block), PatchEmbed: self._compile(call_stem)}
+        try:
+            yield
+        finally:
+            backbone.calls = {}
+
+    def _compile(self, function: Callable) -> Callable:
+        """The function compiled for windows of any size, with code of its own for this network and precision.
+
+        PyTorch compiles the same code for few cases only, and runs it as it is in further ones.
+        """
+        key = function.__name__, *self._autocast.values()
+        if key not in self._compiled:
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._compiled[key] = torch.compile(own, dynamic=True)
+        return self._compiled[key]
+
+    def _make_channels_last(self) -> None:
+        weights = (module.weight for module in self.segmentor.modules() if isinstance(module, nn.Conv2d))
+        if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
+            self.segmentor.to(memory_format=torch.channels_last)
+
+    def _may_use_graphs(self, device: torch.device) -> bool:
+        """Whether this picture may use graphs, as far as its device, its owner and ``test_cfg`` have a say."""
+        cfg, segmentor = self.segmentor.test_cfg, self.segmentor
+        wish = cfg.get('cuda_graph')
+        if wish is None:
+            wish = self._plain and isinstance(segmentor.backbone, VOLO) and not cfg.get('compile')
+        # Another segmentor does not tell when it begins to train.
+        told = isinstance(segmentor, StreamingEncoderDecoder)
+        return bool(wish) and told and can_capture(device) and not torch.is_grad_enabled() and not self.graphs.refused
 
     def _encode(self, due: list[tuple[View, int, int]]) -> None:
         by_shape: dict[tuple[int, int], list] = {}
@@ -240,12 +310,15 @@ class WindowNetwork:
                 size = self._batch(shape)
                 batch, windows = windows[:size], windows[size:]
                 try:
-                    logits = self._run(torch.stack([view.window(i, j) for view, i, j in batch]))
+                    logits = self.run([view.window(i, j) for view, i, j in batch])
                 except torch.cuda.OutOfMemoryError:
-                    if len(batch) == 1:
+                    if self.graphs.clear():  # first without what they hold on to, then with fewer windows
+                        self.graphs.refused, self._uses_graphs, self._weights = True, False, None
+                    elif len(batch) == 1:
                         raise
+                    else:
+                        self._fits[shape] = len(batch) // 2
                     torch.cuda.empty_cache()
-                    self._fits[shape] = len(batch) // 2
                     windows = batch + windows
                     continue
                 for (view, i, j), of_window in zip(batch, logits, strict=True):
@@ -261,11 +334,27 @@ class WindowNetwork:
             size = max(pixels // (shape[0] * shape[1]), 1)
         return min(size, self._fits.get(shape, size))
 
-    def _run(self, windows: Tensor) -> Tensor:
+    def run(self, windows: Sequence[Tensor]) -> Tensor:
+        """Logits of prepared windows, each (3, height, width), of one shape; to be called in :meth:`running`.
+
+        Returns:
+            (N, C, h, w) in the decode head's size. The next call may write over it.
+        """
+        cfg = self.segmentor.test_cfg
+        pixels = len(windows) * windows[0].shape[1] * windows[0].shape[2]
+        if not self._uses_graphs or (pixels > _GRAPH_PIXELS and not cfg.get('cuda_graph')):
+            return self._pass(torch.stack(tuple(windows)))
+        # A last batch with fewer windows has a graph of its own: filled up to the usual number it would take longer.
+        key = bool(cfg.get('compile')), *self._autocast.values()
+        return self.graphs.run(key, windows, self._pass, 1 if cfg.get('cuda_graph') else 3)
+
+    def _pass(self, windows: Tensor) -> Tensor:
         forward = self._forward
-        if self.segmentor.test_cfg.get('compile'):
-            forward = self._compiled = self._compiled or torch.compile(forward)
-        with torch.autocast(**self._autocast):
+        if self.segmentor.test_cfg.get('compile') and not isinstance(self.segmentor.backbone, VOLO):
+            forward = partial(self._compile(_call_network), self)
+        # Autocast's own copies of weights end with the picture, which a graph outlives.
+        weights = nullcontext() if self._weights is None else self._weights
+        with torch.autocast(**self._autocast, cache_enabled=not self._uses_graphs), weights:
             return forward(windows)
 
     def _forward(self, windows: Tensor) -> Tensor:
@@ -274,6 +363,10 @@ class WindowNetwork:
         shape = windows.shape[2:]
         meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
         return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
+
+
+def _call_network(network: WindowNetwork, windows: Tensor) -> Tensor:
+    return network._forward(windows)
 
 
 def has_plain_head(segmentor: EncoderDecoder) -> bool:

@@ -8,7 +8,7 @@ stochastic depth.
 Shapes: B batch, H x W grid, C channels, M heads, D = C/M, k window, K = k*k, h x w window grid after the stride.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from mmseg.registry import MODELS
 from torch import nn
 from torch.nn.init import trunc_normal_
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from .checkpoint import load_backbone
@@ -53,6 +54,21 @@ class Linear(nn.Linear):
         rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
         out = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class LayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm``; on a GPU, without gradients, it gives the half precision that it gets under autocast.
+
+    On a CPU it does so anyway. On a GPU autocast has it in float32, and a map in half precision, as the Outlooker stage
+    has them, is converted before it and after it. Statistics are float32 either way; weight and bias are rounded.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = not x.is_cuda or x.dtype == torch.float32 or torch.is_grad_enabled()
+        if plain or not torch.is_autocast_enabled('cuda'):
+            return super().forward(x)
+        with torch.autocast('cuda', enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class OutlookAttention(nn.Module):
@@ -119,9 +135,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -150,7 +166,26 @@ class PatchEmbed(nn.Module):
         if not torch.jit.is_tracing():  # ONNX knows no memory formats
             # The stem is faster with channels last (1.4 times or more on a CPU), and tokens then need no copy.
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.proj(self.conv(x)).permute(0, 2, 3, 1).contiguous()
+        x = self._folded(x) if self._folds(x) else self.conv(x)
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+    def _folds(self, x: torch.Tensor) -> bool:
+        """Whether the batch norms are made part of the convolutions, which oneDNN adds a bias in.
+
+        cuDNN does not: PyTorch adds the bias in a pass of its own, which takes as long as the batch norm.
+        """
+        plain = x.device.type == 'cpu' and not torch.is_grad_enabled()
+        if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        norms = self.conv[1::3]
+        return all(isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats for norm in norms)
+
+    def _folded(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm, relu in zip(self.conv[::3], self.conv[1::3], self.conv[2::3], strict=True):
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            weight, bias = (t.detach() for t in fuse_conv_bn_weights(conv.weight, conv.bias, *statistics))
+            x = relu(F.conv2d(x, weight, bias, conv.stride, conv.padding))
+        return x
 
 
 class Downsample(nn.Module):
@@ -171,6 +206,16 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Te
     # Bicubic needs float32: half precision has no kernel on every device and would lose the pretrained digits.
     resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), grid, mode='bicubic', align_corners=False)
     return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """To be compiled once for all blocks."""
+    return block(x)
+
+
+def call_stem(stem: PatchEmbed, x: torch.Tensor) -> torch.Tensor:
+    """To be compiled: a function of its own, since PyTorch compiles one for a limited number of cases."""
+    return stem(x)
 
 
 @MODELS.register_module()
@@ -250,6 +295,8 @@ class VOLO(BaseModule):
         if out_norm:
             for i in self.out_indices:
                 self.add_module(self._norm_name(i), nn.LayerNorm(dims[i]))
+        # What the blocks and the stem are called through, by type, as :func:`call_block` does it: where it is compiled.
+        self.calls: dict[type, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {}
         self._grids: dict[tuple[int, int], torch.Tensor] = {}
         self._grids_of: tuple = (None, None)
         self._freeze()
@@ -288,7 +335,7 @@ class VOLO(BaseModule):
         padded = H % STRIDE or W % STRIDE
         if padded:
             x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
-        x = self.patch_embed(x)
+        x = self._run(self.patch_embed, x)
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i == 1:  # from the fine grid of the Outlookers to the grid of the transformers
@@ -307,10 +354,11 @@ class VOLO(BaseModule):
                 outs.append(out.permute(0, 3, 1, 2))
         return tuple(outs)
 
-    def _run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.with_cp and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+    def _run(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.with_cp and torch.is_grad_enabled() and isinstance(part, Block):
+            return checkpoint(part, x, use_reentrant=False)
+        call = self.calls.get(type(part))
+        return call(part, x) if call else part(x)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
         """``pos_embed`` on a token grid; kept between calls in eval mode, where no gradient needs it."""

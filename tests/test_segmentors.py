@@ -10,13 +10,16 @@ import mmcv
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from mmengine.config import ConfigDict
 from mmengine.structures import PixelData
 from mmseg.models import SegTTAModel
 from mmseg.registry import MODELS
 from small_models import BN, SLIDE, batch, build, picture, segmentor_config, views
+from torch import nn
 
 from mmseg_volo import StreamingTTAModel
+from mmseg_volo.volo import Block, PatchEmbed
 
 WHOLE = dict(mode='whole')
 LOGITS = dict(return_logits=True)
@@ -298,7 +301,7 @@ def test_precision(precision):
     assert torch.equal(again, low.seg_logits.data)
 
 
-def test_channels_last_and_compile(monkeypatch):
+def test_channels_last():
     _, ours = stock_and_ours(LOGITS)
     plain = ours.test_step(batch(picture(100, 150)))[0].seg_logits.data
     state = copy.deepcopy(ours.state_dict())
@@ -307,13 +310,45 @@ def test_channels_last_and_compile(monkeypatch):
     weight = ours.decode_head.bottleneck.conv.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
-    calls = []
-    monkeypatch.setattr(torch, 'compile', lambda f: calls.append(f) or f)
+
+
+def test_compile_is_by_region_for_volo_and_of_the_whole_for_others(monkeypatch):
+    @MODELS.register_module(force=True)
+    class Pooling(nn.Module):
+        def forward(self, x):
+            return [F.avg_pool2d(x, stride) for stride in (8, 16, 16, 16)]
+
+    compiled, called = [], []
+
+    def stand_in(function, dynamic):
+        compiled.append(function.__name__)
+        return lambda *inputs: called.append(type(inputs[0])) or function(*inputs)
+
+    monkeypatch.setattr(torch, 'compile', stand_in)
+    _, ours = stock_and_ours(LOGITS)
+    plain = ours.test_step(batch(picture(100, 150)))[0].seg_logits.data
+    assert not compiled
     ours.test_cfg.compile = True
-    for _ in range(2):
-        got = ours.test_step(batch(picture(100, 150)))[0].seg_logits.data
-    assert len(calls) == 1
-    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
+    for model in (ours, copy.deepcopy(ours)):
+        for _ in range(2):
+            got = model.test_step(batch(picture(100, 150)))[0].seg_logits.data
+            torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-4)
+            assert called == [PatchEmbed, Block, Block, Block, Block]
+            called.clear()
+    assert compiled == ['call_block', 'call_stem'] * 2
+    ours.test_cfg.compile = False
+    ours.test_step(batch(picture(100, 150)))
+    assert not called
+
+    head = dict(segmentor_config().decode_head, in_channels=[3] * 4)
+    torch.manual_seed(0)
+    other = MODELS.build(segmentor_config(backbone=dict(type='Pooling'), decode_head=head, test_cfg=SLIDE)).eval()
+    plain = other.test_step(batch(picture(100, 150)))[0].pred_sem_seg.data
+    compiled.clear()
+    other.test_cfg.compile = True
+    for model in (other, other, copy.deepcopy(other)):
+        assert torch.equal(model.test_step(batch(picture(100, 150)))[0].pred_sem_seg.data, plain)
+    assert len(compiled) == 2 and len(called) == 3
 
 
 @pytest.mark.slow

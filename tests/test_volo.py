@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from mmseg.registry import MODELS
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mmseg_volo import ARCHS, VOLO
 from mmseg_volo.checkpoint import CLASSIFIER
-from mmseg_volo.volo import resize_pos_embed
+from mmseg_volo.volo import Block, LayerNorm, PatchEmbed, call_block, call_stem, resize_pos_embed
 
 # All five variants' parts at a size that takes milliseconds.
 TINY = dict(depths=(2, 1, 2, 1), dims=(48, 96, 96, 96), heads=(2, 4, 4, 4), mlp_ratios=2, stem_width=16)
@@ -253,6 +254,73 @@ def test_torch_export_traces_one_graph():
             torch.testing.assert_close(a, b)
     trained = torch.compile(tiny(with_cp=True).train(), backend='aot_eager', fullgraph=True)
     sum(o.sum() for o in trained(x)).backward()
+
+
+def test_regions_compile_once_for_all_blocks_and_few_times_for_all_sizes():
+    model = tiny().eval()
+    counter = CompileCounterWithBackend('eager')
+    sizes = [(2, 64, 96), (2, 96, 64), (1, 64, 64), (3, 128, 96), (4, 80, 112), (1, 96, 160)]
+    inputs = [torch.randn(B, 3, *size) for B, *size in sizes]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+        compiled = {Block: call_block, PatchEmbed: call_stem}
+        model.calls = {part: torch.compile(call, backend=counter, dynamic=True) for part, call in compiled.items()}
+        for x, outs in zip(inputs, expected, strict=True):
+            for a, b in zip(model(x), outs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # Stem, first Outlooker, Outlookers and transformers for any size, and again for one picture: not for each shape.
+    assert counter.frame_count <= 9
+
+
+def drawn_norms(model: nn.Module) -> nn.Module:
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.bias)
+    return model
+
+
+@pytest.mark.parametrize('norm', ['BN', 'without weights', 'GN'])
+def test_the_stem_with_its_norms_folded_is_the_stem(norm):
+    """In eval mode on a CPU; with gradients, and in training, the norms stay what they are."""
+    norm_cfg = dict(type='GN', num_groups=4) if norm == 'GN' else dict(type='BN', affine=norm == 'BN')
+    stem = PatchEmbed(3, 16, 48, norm_cfg).eval()
+    if norm == 'BN':
+        drawn_norms(stem)
+    x, calls = torch.randn(2, 3, 64, 96), []
+    expected = stem.double().proj(stem.conv(x.double())).permute(0, 2, 3, 1).detach()
+    stem.float().conv[4].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(stem(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert len(calls) == (norm == 'GN')
+    out = stem(x)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert out.requires_grad and len(calls) == 1 + (norm == 'GN')
+    if norm == 'BN':
+        before = stem.conv[1].running_mean.clone()
+        with torch.no_grad():
+            stem.train()(x)
+        assert len(calls) == 2 and not torch.equal(stem.conv[1].running_mean, before)
+
+
+def test_gpu_norm_without_gradients_keeps_half_precision(gpu):
+    norm = LayerNorm(48).to(gpu)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 48, device=gpu) * 3 + 1
+    expected = F.layer_norm(x.bfloat16().double(), [48], norm.weight.double(), norm.bias.double())
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        with torch.no_grad():
+            low = norm(x.bfloat16())
+            assert low.dtype == torch.bfloat16 and norm(x).dtype == torch.float32
+        assert norm(x.bfloat16()).dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), F.layer_norm(x, [48], norm.weight, norm.bias))
+    # Half a unit in the last of 8 bits of the result, and of weight and bias.
+    limit = (expected.abs() + (expected - norm.bias).abs() + norm.bias.abs()) * 2**-8
+    assert ((low.double() - expected).abs() <= limit + 1e-6).all()
 
 
 def test_gpu_runs_in_half_precision_and_compiled(gpu):
