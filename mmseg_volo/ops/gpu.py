@@ -72,7 +72,7 @@ def _in_words(numbers, start):
 
 @triton.jit
 def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """COUNT numbers or one more from each place, (ROWS,) in float32 each; zeros where there is no window."""
+    """COUNT numbers, or one more, from each place; (ROWS,) in float32 each, zeros where there is no window."""
     if dtype == tl.float32:
         N: tl.constexpr = 16 if COUNT <= 16 else 32
         n = tl.arange(0, N)
@@ -81,7 +81,8 @@ def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl
     else:
         N: tl.constexpr = 8 if COUNT <= 15 else 16
         n = tl.arange(0, N)
-        used = live[:, None] & (n < COUNT // 2 + 1)[None, :]
+        # No word more than needed: the last one of a tensor may end where the memory ends.
+        used = live[:, None] & (n[None, :] < ((COUNT + 1 + (at & 1)) >> 1)[:, None])
         x = _columns(tl.load(words + (at >> 1)[:, None] + n[None, :], mask=used, other=0), ROWS, N)
         out = ()
         for i in tl.static_range(0, COUNT, 2):
