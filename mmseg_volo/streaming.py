@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 # Elements (R x C x T) of the tiles that logits of the picture's size exist in, and T: on a CPU such that a tile stays
-# in the cache, on a GPU such that it is busy.
-_TILE = {'cpu': (2**18, 128), 'cuda': (2**25, 4096)}
-_MAX_BAND = {'cpu': 128, 'cuda': 4096}
+# in the cache, on a GPU such that it is busy. An H200 folds ten views of 1024 x 2048 in 8.8 ms (19 classes) and 69 ms
+# (150); in tiles of 4096, whose matrices are nearly all zeros, in 9.5 and 84 ms, in tiles of 256 in 25 and 85 ms.
+_TILE = {'cpu': (2**18, 128), 'cuda': (2**25, 512)}
+_MAX_BAND = {'cpu': 128, 'cuda': 512}
 # Logits of windows are kept in slices of as many rows, to be given up one by one; on a GPU few copies count for more.
 _SLICE = {'cpu': 8, 'cuda': 4096}
 
@@ -102,49 +103,57 @@ class Axis:
         """
         key = step, size, device
         if key not in self._plans:
-            # All at once: small tensors made between large ones that come and go would keep the heap from shrinking.
-            made = [self._matrix(first, last, size, device) for first, last in self.pieces(step)]
+            pieces = [self._matrix(first, last, size) for first, last in self.pieces(step)]
+            matrices = _together([matrix for _, matrix in pieces], device)
             needed: dict[int, tuple[int, int]] = {}
-            self._plans[key] = []
-            for parts, matrix in reversed(made):
+            plan = []
+            for (parts, _), matrix in zip(reversed(pieces), reversed(matrices), strict=True):
                 for i, low, high in parts:
                     low_later, high_later = needed.get(i, (low, high))
                     needed[i] = min(low, low_later), max(high, high_later)
-                self._plans[key].insert(0, Piece(parts, matrix, dict(needed)))
+                plan.insert(0, Piece(parts, matrix, dict(needed)))
+            self._plans[key] = plan
         return self._plans[key]
 
     def _span(self, first: int, last: int) -> tuple[int, int]:
         positions = np.concatenate([taps[first:last] for taps in self._taps[:2]])
         return int(positions.min()), int(positions.max()) + 1
 
-    def _matrix(self, first: int, last: int, size: int, device: torch.device) -> tuple[list[tuple], Tensor]:
-        low, high = self._span(first, last)
-        # rows of the result x pixels of the view
-        resize = np.zeros((last - first, high - low))
-        below, above, weight = (taps[first:last] for taps in self._taps)
-        index = np.arange(last - first)
-        np.add.at(resize, (index, below - low), 1 - weight)
-        np.add.at(resize, (index, above - low), weight)
-        resize *= self._share[low:high]
-
-        parts, matrices = [], []
+    def _matrix(self, first: int, last: int, size: int) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+        # Each result lies between two pixels of the view, and in each window a pixel between two of its logits.
+        pixels = np.stack([taps[first:last] for taps in self._taps[:2]])  # (2, results)
+        weight = self._taps[2][first:last]
+        shares = np.stack([1 - weight, weight]) * self._share[pixels]
         below, above, weight = _linear_taps(self.window, size, self.align_corners)
+        parts, matrices = [], []
         for i in self.windows(first, last):
-            start = self.starts[i]
-            a, b = max(low, start), min(high, start + self.window)
-            inside = slice(a - start, b - start)
-            base, top = int(below[inside].min()), int(above[inside].max()) + 1
-            # pixels of the view x logits of the window
-            upsample = np.zeros((b - a, top - base))
-            index = np.arange(b - a)
-            np.add.at(upsample, (index, below[inside] - base), 1 - weight[inside])
-            np.add.at(upsample, (index, above[inside] - base), weight[inside])
+            places = pixels - self.starts[i]
+            inside = (places >= 0) & (places < self.window)
+            if not inside.any():
+                continue
+            place, share, row = places[inside], shares[inside], inside.nonzero()[1]
+            base, top = int(below[place].min()), int(above[place].max()) + 1
+            # Results x logits of the window; where several taps meet, their weights add up.
+            shape = last - first, top - base
+            where = np.concatenate([row * shape[1] + logit[place] - base for logit in (below, above)])
+            values = np.concatenate([share * (1 - weight[place]), share * weight[place]])
             parts.append((i, base, top))
-            matrices.append(resize[:, a - low : b - low] @ upsample)
-        matrix = torch.from_numpy(np.concatenate(matrices, 1).astype(np.float32))
-        if device.type == 'cuda':  # from pinned memory the copy does not wait for the device
-            matrix = matrix.pin_memory()
-        return parts, matrix.to(device, non_blocking=True)
+            matrices.append(np.bincount(where, values, shape[0] * shape[1]).reshape(shape))
+        return parts, np.concatenate(matrices, 1)
+
+
+def _together(matrices: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Matrices in float32 on a device, all in one copy and one piece of memory."""
+    # Small tensors made between large ones that come and go would keep a CPU's heap from shrinking. From pinned memory
+    # the copy does not wait for the device. Each begins where a GPU reads fastest.
+    places = np.cumsum([0, *(-(-matrix.size // 64) * 64 for matrix in matrices)])
+    memory = torch.empty(int(places[-1]), pin_memory=device.type == 'cuda')
+    for matrix, place in zip(matrices, places, strict=False):
+        memory.numpy()[place : place + matrix.size] = matrix.ravel()
+    memory = memory.to(device, non_blocking=True)
+    return [
+        memory[place : place + matrix.size].view(matrix.shape) for matrix, place in zip(matrices, places, strict=False)
+    ]
 
 
 # Pictures of one size share their axes, and with them the matrices.
@@ -257,8 +266,9 @@ class View:
         """The ``k``-th ``step`` across, of what :meth:`fold_along` gave: (R, C, T)."""
         R, C, _, w = folded.shape
         parts, matrix, _ = self.across.plan(step, w, folded.device)[k]
-        logits = torch.cat([folded[:, :, j, low:high] for j, low, high in parts], 2)
-        return (logits.view(R * C, -1) @ matrix.T).view(R, C, -1)
+        logits = [folded[:, :, j, low:high].flatten(0, 1) for j, low, high in parts]
+        logits = torch.cat(logits, 1) if len(logits) > 1 else logits[0]
+        return (logits @ matrix.T).view(R, C, -1)
 
 
 def stream(
