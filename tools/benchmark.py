@@ -176,7 +176,7 @@ def batch_cases(kind: type, args: argparse.Namespace, *names: str) -> list:
 
 
 def backbone(args: argparse.Namespace) -> Callable[[dict], None]:
-    todo = batch_cases(BackboneCase, args, 'arch', 'compile', 'channels_last')
+    todo = batch_cases(BackboneCase, args, 'arch', 'compile', 'channels_last', 'cuda_graph')
     settings = args.rounds, not args.no_memory, Path(args.out)
     return lambda found: benchmark.measure_backbone(todo, *settings, found, compile_seconds(args))
 
@@ -256,6 +256,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(prepare=backbone, parser=sub)
     add_arch_argument(sub)
     add_network_options(sub)
+    sub.add_argument('--cuda-graph', action='store_true', help='every side as a CUDA graph: without the launches')
     add_batch_arguments(sub, [1])
     add_peer_argument(sub)
 

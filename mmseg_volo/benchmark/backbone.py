@@ -13,6 +13,7 @@ from ..volo import VOLO
 from .cases import COMPILED, SIDES, BatchCase, columns_of
 from .measuring import (
     add_compiled,
+    as_graph,
     autocast,
     forget_compiled,
     in_process,
@@ -35,15 +36,22 @@ class BackboneCase(BatchCase):
         arch: 'd1'...'d5'.
         compile: our side through ``torch.compile``.
         channels_last: our weights in that memory format.
+        cuda_graph: every side as a CUDA graph, without the time that launching takes on the host.
         size, batch, precision, device, threads: see :class:`BatchCase`.
     """
 
     arch: str = 'd1'
     compile: bool = False
     channels_last: bool = False
+    cuda_graph: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cuda_graph and torch.device(self.device).type != 'cuda':
+            raise ValueError(f'CUDA graphs need a GPU, got device {self.device}')
 
     def __str__(self) -> str:
-        options = [name for name in ('compile', 'channels_last') if getattr(self, name)]
+        options = [name for name in ('compile', 'channels_last', 'cuda_graph') if getattr(self, name)]
         return ', '.join([f'VOLO-{self.arch.upper()}, batch {self.batch}, {self.precision}', *options])
 
 
@@ -87,10 +95,14 @@ def compare(case: BackboneCase, rounds: int, memory: bool = False, compile_secon
             return partial(run, models[COMPILED], case, x)
 
         calls, missing = add_compiled(calls, peer, str(case), compile_seconds)
-    repeats = {side: repeats_for(call, case.device) for side, call in calls.items()}
     found = {}
     if memory and in_process(case.device):
+        for call in calls.values():
+            call()
         found = {side: memory_here(call, case.device, models[side], x) for side, call in calls.items()}
+    if case.cuda_graph:
+        calls = {side: as_graph(call, case.device) for side, call in calls.items()}
+    repeats = {side: repeats_for(call, case.device) for side, call in calls.items()}
     seconds, maps = take_turns(calls, rounds, case.device, str(case), repeats)
     pairs = zip(maps['stock'], maps['ours'], strict=True)
     differences = [((own - stock).abs().max() / stock.abs().max()).item() for stock, own in pairs]

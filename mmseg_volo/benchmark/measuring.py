@@ -138,6 +138,28 @@ def repeat(call: Callable[[], Any], times: int) -> Any:
     return call()
 
 
+def as_graph(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """A call captured as a CUDA graph: what the device takes, without the time that launching takes on the host.
+
+    Every replay returns the tensors of the captured call, with new numbers.
+    """
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def repeats_for(call: Callable[[], Any], device: str) -> int:
     """How many calls a timed round needs to be long enough; warms the call up."""
     call()

@@ -179,7 +179,7 @@ def _backbone_cases(plan: Plan) -> list[BackboneCase]:
         return [BackboneCase(size=(64, 64), device=plan.device, threads=plan.threads)]
     return [
         BackboneCase(arch='d1', size=(512, 512), batch=16, precision='bf16', device=plan.device),
-        BackboneCase(arch='d4', size=(1024, 1024), batch=1, precision='bf16', device=plan.device),
+        BackboneCase(arch='d4', size=(1024, 1024), batch=1, precision='bf16', device=plan.device, cuda_graph=True),
     ]
 
 
