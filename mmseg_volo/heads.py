@@ -232,6 +232,8 @@ def _kept(make: Callable, like: Tensor, *arguments) -> Any:
                 made = make(*key[1:])
             if in_graph:
                 return made  # it has its values only where the graph is replayed
+            if like.is_cuda:
+                torch.cuda.current_stream(like.device).synchronize()  # the next call may be on another stream
             _MATRICES[key] = made
             if len(_MATRICES) > _MATRICES_KEPT:
                 _MATRICES.popitem(last=False)
