@@ -19,7 +19,7 @@ BATCH = {'height', 'width', 'batch', 'precision', 'rounds'}
 def test_backbone(tmp_path, capsys):
     run('backbone', *TINY, '--batch', 1, 2, '--channels-last', '--no-memory', '--no-compiled', '--out', tmp_path)
     rows = rows_of(tmp_path / 'backbone.csv')
-    options = {'arch', 'compile', 'channels_last', 'largest_difference'}
+    options = {'arch', 'compile', 'channels_last', 'cuda_graph', 'largest_difference'}
     assert set(rows[0]) == BATCH | MACHINE | MEMORY | TIMES | options
     assert [row['batch'] for row in rows] == ['1', '2'] and rows[0]['ours_peak_mb'] == ''
     assert all(float(row['largest_difference']) < 1e-5 for row in rows)
