@@ -191,7 +191,8 @@ def predict_files(
     _check_folder(outputs.folder, {**images, **videos})
     journal = None
     if isinstance(predictor, Recipe):
-        decisive = {name: value or None for name, value in predictor.options.items() if name != 'window_batch'}
+        same = 'window_batch', 'cuda_graph'  # options with the same results
+        decisive = {name: value or None for name, value in predictor.options.items() if name not in same}
         shown = dict(overlay=with_overlay, legend=with_legend, opacity=opacity, video_format=video_format)
         made_with = identity(predictor.config, predictor.checkpoint, predictor.aug_test, **decisive, **shown)
         journal = Journal(outputs.folder, made_with, resume)

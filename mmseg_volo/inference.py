@@ -36,10 +36,10 @@ class Predictor:
     Args:
         config: config file or object; it is not changed.
         checkpoint: its checkpoint, or an ``.onnx`` file of ``tools/export.py``, which has settled ``precision``,
-            ``compile`` and ``channels_last``.
+            ``compile``, ``channels_last`` and ``cuda_graph``.
         device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
         aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
-        options: precision, compile, channels_last, window_batch, confidence, allow_mismatch: see
+        options: precision, compile, channels_last, window_batch, confidence, cuda_graph, allow_mismatch: see
             :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
 
     Attributes:
