@@ -76,6 +76,11 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the network's arithmetic; bf16 and fp16 are autocast",
     )
     parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
+    parser.add_argument(
+        '--cuda-graph',
+        action=argparse.BooleanOptionalAction,
+        help='replay CUDA graphs of the network; default: on a GPU where windows of one shape come again',
+    )
     parser.add_argument('--channels-last', action='store_true', help="keep convolutions' weights in this memory format")
     parser.add_argument(
         '--allow-mismatch', action='store_true', help='take a checkpoint of another model or other classes as it fits'
@@ -94,13 +99,14 @@ def set_inference_options(
     window_batch: int | None = None,
     confidence: bool = False,
     allow_mismatch: bool = False,
+    cuda_graph: bool | None = None,
 ) -> None:
     """Write what is asked for into ``model.test_cfg``, where the segmentor reads it; to be done before :func:`use_tta`.
 
     Args:
         config: changed in place.
         aug_test: whether the config's ``tta_model`` will run the model.
-        precision, compile, channels_last, window_batch, confidence: see
+        precision, compile, channels_last, window_batch, confidence, cuda_graph: see
             :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
         allow_mismatch: take checkpoints of other models or classes; for models of any type.
 
@@ -117,6 +123,8 @@ def set_inference_options(
         confidence=confidence,
     )
     asked = {name: value for name, value in options.items() if value is not None and value is not False}
+    if cuda_graph is not None:
+        asked['cuda_graph'] = cuda_graph
     if not asked:
         return
     if config.model.backbone.type == 'OnnxNetwork' and (settled := [name for name in asked if name in SETTLED]):
@@ -171,6 +179,8 @@ def use_tta(config: Config) -> None:
     """
     check_tta(config)
     config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    # Views of several sizes make windows of several shapes: cuDNN would look for its fastest kernels for each of them.
+    config.setdefault('env_cfg', {})['cudnn_benchmark'] = False
     if config.test_dataloader.get('num_workers'):
         # A picture's ten views take 50 bytes a pixel: one picture in waiting per worker is enough.
         config.test_dataloader.setdefault('prefetch_factor', 1)

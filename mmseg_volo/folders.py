@@ -160,7 +160,8 @@ def predict_files(
 ) -> dict[Path, str]:
     """Predict images and videos and save what was found; one that cannot be read or predicted is reported and skipped.
 
-    The next image is read and prepared while the model works on one. A result appears under its name when it is whole.
+    While the model works on an image, the next one is read and prepared and the results of the one before are written.
+    A result appears under its name when it is whole.
 
     Args:
         predictor: the model, or how to make it. Only with a :class:`Recipe` is what was done noted in the output
@@ -190,7 +191,8 @@ def predict_files(
     _check_folder(outputs.folder, {**images, **videos})
     journal = None
     if isinstance(predictor, Recipe):
-        decisive = {name: value or None for name, value in predictor.options.items() if name != 'window_batch'}
+        same = 'window_batch', 'cuda_graph'  # options with the same results
+        decisive = {name: value or None for name, value in predictor.options.items() if name not in same}
         shown = dict(overlay=with_overlay, legend=with_legend, opacity=opacity, video_format=video_format)
         made_with = identity(predictor.config, predictor.checkpoint, predictor.aug_test, **decisive, **shown)
         journal = Journal(outputs.folder, made_with, resume)
@@ -286,7 +288,7 @@ class _Run:
             with contextlib.closing(_work(predictor, self._outputs, images.items(), stop)) as results:
                 for task, result in zip(images.items(), results, strict=True):
                     yield task, *result
-                    stop.check()
+            stop.check()
 
     def _video(self, path: Path, target: Path, stop: StopSignals) -> None:
         outputs = self._outputs
@@ -320,17 +322,43 @@ def _start(recipe: Recipe, outputs: Outputs, rank: int) -> Work:
 def _work(
     predictor: Predictor, outputs: Outputs, tasks: Iterable[tuple[Path, Path]], stop: StopSignals
 ) -> Iterator[tuple[list[str], str | None]]:
-    """For each image and target the files that were written, and None; or none, and why."""
-    with contextlib.closing(_loaded(predictor, tasks)) as loaded_ones:
-        for target, loaded in loaded_ones:
-            try:
-                image, data = loaded.result()
-                found = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
-                yield _save(predictor, outputs, target, image, found), None
-            except (Stopped, OutputError):
-                raise
-            except Exception as error:  # whatever is wrong with one picture, the others are still wanted
-                yield [], _reason(error)
+    """For each image and target the files that were written, and None; or none, and why.
+
+    One image's files are written while the next one is predicted: what is yielded is on the disk.
+    """
+    with contextlib.closing(_loaded(predictor, tasks)) as loaded_ones, ThreadPoolExecutor(1) as writer:
+        writing: Future | None = None
+        try:
+            for target, loaded in loaded_ones:
+                stop.check()
+                try:
+                    image, data = loaded.result()
+                    found = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
+                    job = partial(_written, predictor, outputs, target, image, found)
+                except (Stopped, OutputError):
+                    raise
+                except Exception as error:  # whatever is wrong with one picture, the others are still wanted
+                    job = partial(_failed, _reason(error))
+                if writing is not None:
+                    yield writing.result()
+                writing = writer.submit(job)
+        except Stopped:
+            if writing is not None:
+                yield writing.result()
+            raise
+        if writing is not None:
+            yield writing.result()
+
+
+def _failed(reason: str) -> tuple[list[str], str]:
+    return [], reason
+
+
+def _written(*arguments) -> tuple[list[str], str | None]:
+    try:
+        return _save(*arguments), None
+    except Exception as error:
+        return _failed(_reason(error))
 
 
 def _reason(error: Exception) -> str:

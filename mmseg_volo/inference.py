@@ -36,10 +36,10 @@ class Predictor:
     Args:
         config: config file or object; it is not changed.
         checkpoint: its checkpoint, or an ``.onnx`` file of ``tools/export.py``, which has settled ``precision``,
-            ``compile`` and ``channels_last``.
+            ``compile``, ``channels_last`` and ``cuda_graph``.
         device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
         aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
-        options: precision, compile, channels_last, window_batch, confidence, allow_mismatch: see
+        options: precision, compile, channels_last, window_batch, confidence, cuda_graph, allow_mismatch: see
             :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`.
 
     Attributes:
@@ -134,7 +134,14 @@ class Predictor:
             network.progress = progress
         sample = self.model.test_step(data)[0]
         confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
-        return Prediction(sample.pred_sem_seg.data[0].cpu().numpy(), confidence)
+        return Prediction(_fetched(sample.pred_sem_seg.data[0], self._segmentor.out_channels), confidence)
+
+
+def _fetched(classes: torch.Tensor, number: int) -> np.ndarray:
+    """Class ids below ``number``; from a GPU they come in 8 bits where these are enough, an eighth of int64."""
+    if classes.is_cuda and classes.dtype == torch.int64 and number <= 256:
+        return classes.to(torch.uint8).cpu().numpy().astype(np.int64)
+    return classes.cpu().numpy()
 
 
 def _for_arrays(pipeline: Sequence) -> list:

@@ -478,7 +478,6 @@ def _windows(segmentor: EncoderDecoder, shape: tuple[int, int]) -> tuple[tuple[i
 
 def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, tuple[int, int], tuple]:
     """Crops of an image (3, h, w) as ``pre`` would give them, the shape that it would pad it to, and the padding."""
-    image = image.to(pre.device, non_blocking=True)
     height, width = image.shape[-2:]
     cfg = pre.test_cfg or {}
     if cfg.get('size') is not None:
@@ -491,6 +490,9 @@ def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, 
     swap = pre._channel_conversion if hasattr(pre, '_channel_conversion') else pre.channel_conversion
 
     def crop(top: int, left: int, rows: int, columns: int) -> Tensor:
+        nonlocal image
+        # With its first window, while the device is at work on other views.
+        image = _uploaded(image, pre.device)
         window = image[:, top : top + rows, left : left + columns]
         if swap and len(window) == 3:
             window = window.flip(0)
@@ -500,6 +502,13 @@ def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, 
         return F.pad(window, (0, columns - window.shape[2], 0, rows - window.shape[1]), value=pre.pad_val)
 
     return crop, shape, (0, shape[1] - width, 0, shape[0] - height)
+
+
+def _uploaded(image: Tensor, device: torch.device) -> Tensor:
+    """The image on the device; to a GPU it goes without waiting, which needs pinned memory."""
+    if image.device.type == 'cpu' and torch.device(device).type == 'cuda':
+        image = image.pin_memory()
+    return image.to(device, non_blocking=True)
 
 
 def _results(

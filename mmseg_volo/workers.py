@@ -13,7 +13,7 @@ import torch
 
 from .stopping import Stopped, StopSignals
 
-_AHEAD = 2  # tasks that a process has at a time: it prepares one while it works on another
+_AHEAD = 3  # tasks that a process has at a time: it prepares one, works on one and writes one's results
 _PATIENCE = 20.0  # seconds for a process to come to the end of what it is at
 
 Work = Callable[[Iterable, StopSignals], Iterator]
@@ -70,7 +70,7 @@ def share_out(
                     process.join(_PATIENCE)
                     if held or process.exitcode:
                         why = f'process {rank} of {processes} {_end_of(process.exitcode)}'
-                    yield from ((task, None, f'{why} while it was at this or the one before') for task in held)
+                    yield from ((task, None, f'{why} while it was at this or one of the two before') for task in held)
                     continue
                 if kind == 'error':
                     raise value

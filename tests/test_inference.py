@@ -1,5 +1,7 @@
 """One set of weights with several options, and the progress of a prediction."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from mmengine.config import Config
 from small_runs import write_config
 
 from mmseg_volo.apis import init_model
-from mmseg_volo.config import ConfigError
+from mmseg_volo.config import ConfigError, use_tta
 from mmseg_volo.inference import Predictor
 
 OPTIONS = [dict(), dict(aug_test=True), dict(precision='bf16', confidence=True), dict(aug_test=True, precision='bf16')]
@@ -58,3 +60,28 @@ def test_progress_counts_windows_and_may_end_the_prediction(small, aug_test):
     with pytest.raises(InterruptedError):
         predictor.predict(data, stop)
     predictor.predict(data)  # without one
+
+
+def test_gpu_predictions_are_those_of_a_cpu(small, gpu):
+    """Pictures through pinned memory, graphs, class ids in 8 bits."""
+    picture = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
+    for aug_test in (False, True):
+        expected = Predictor(*small, 'cpu', aug_test)(picture)
+        predictor = Predictor(*small, gpu, aug_test)
+        for _ in range(4):
+            found = predictor(picture)
+            assert found.dtype == np.int64 and (found == expected).mean() > 0.99
+
+
+def test_cuda_graphs_can_be_asked_for_and_refused(small, tmp_path):
+    for wish in (True, False, None):
+        predictor = Predictor(*small, 'cpu', cuda_graph=wish)
+        predictor(np.zeros((80, 150, 3), np.uint8))  # a CPU has none
+        assert predictor.model.test_cfg.get('cuda_graph') is wish
+
+
+def test_cudnn_does_not_look_for_the_fastest_kernels_of_each_view(small):
+    config = copy.deepcopy(small[0])
+    assert config.env_cfg.cudnn_benchmark  # training has one shape
+    use_tta(config)
+    assert not config.env_cfg.cudnn_benchmark

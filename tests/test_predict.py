@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -195,6 +196,34 @@ def test_a_folder_goes_on_where_it_was_stopped(recipe, tmp_path, predicted, monk
     assert run(False) == {} and len(predicted) == 9  # without --resume everything is done anew
 
 
+def test_results_are_written_beside_the_next_prediction_and_count_when_they_are_there(recipe, tmp_path, monkeypatch):
+    pictures, out = draw(tmp_path / 'pictures'), tmp_path / 'out'
+    (pictures / '2.png').write_bytes(b'no picture')
+    events, predict, save = [], Predictor.predict, folders._save
+
+    def slow_save(*arguments):
+        name = arguments[2].name
+        if name == '0':
+            while events.count('predicts') < 2:
+                time.sleep(0.01)
+        events.append(f'writes {name}')
+        assert threading.current_thread() is not threading.main_thread()
+        return save(*arguments)
+
+    def note(journal, source, files):
+        assert all((out / file).is_file() for file in files)
+        events.append(f'noted {source.name}')
+
+    monkeypatch.setattr(folders, '_save', slow_save)
+    monkeypatch.setattr(Predictor, 'predict', lambda *arguments: events.append('predicts') or predict(*arguments))
+    monkeypatch.setattr(folders.Journal, 'add', note)
+    failed = predict_files(recipe, [str(pictures)], str(out))
+    assert list(failed) == [pictures / '2.png']
+    assert [event for event in events if event != 'predicts'] == [
+        f'{what} {number}{end}' for number in (0, 1, 3) for what, end in (('writes', ''), ('noted', '.png'))
+    ]
+
+
 def test_results_of_something_else_are_not_resumed(recipe, model, tmp_path, monkeypatch, capsys):
     from mmseg_volo.config import load_config
 
@@ -322,7 +351,7 @@ def test_a_killed_process_is_reported_with_its_pictures(model, tmp_path):
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and 'Traceback' not in told, told
     lost = [line for line in told.splitlines() if 'was ended by SIGKILL (out of memory?)' in line]
-    assert 1 <= len(lost) <= 2 and all(line.startswith('skipped ') for line in lost)
+    assert 1 <= len(lost) <= 3 and all(line.startswith('skipped ') for line in lost)
     assert f'{len(lost)} of the images failed' in told
     assert len((out / 'predict.jsonl').read_text().splitlines()) == 1 + 401 - len(lost) and not list(out.glob('.*'))
 

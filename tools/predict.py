@@ -80,6 +80,7 @@ def main() -> int:
         window_batch=args.window_batch,
         confidence=args.confidence,
         allow_mismatch=args.allow_mismatch,
+        cuda_graph=args.cuda_graph,
     )
     recipe = Recipe(load_config(args.config), args.checkpoint, args.device, args.aug_test, options)
     try:

@@ -41,6 +41,7 @@ def main() -> None:
         args.channels_last,
         args.window_batch,
         allow_mismatch=args.allow_mismatch,
+        cuda_graph=args.cuda_graph,
     )
     config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='MatchingCheckpointHook')]
     if args.aug_test:

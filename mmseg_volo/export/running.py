@@ -15,7 +15,8 @@ from torch import Tensor
 from .formats import STEP, open_onnx
 from .network import COARSE
 
-SETTLED = 'precision', 'compile', 'channels_last'  # options that a file settles when it is exported
+# Options that a file settles when it is exported, or that are PyTorch's.
+SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph'
 
 
 def is_onnx(checkpoint: object) -> bool:
