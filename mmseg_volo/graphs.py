@@ -72,13 +72,21 @@ class Graphs:
         self._weights[dtype].refresh()
         return self._weights[dtype]
 
-    def run(self, key: tuple, windows: Sequence[Tensor], forward: Callable[[Tensor], Tensor], uses: int) -> Tensor:
+    def run(
+        self,
+        key: tuple,
+        windows: Sequence[Tensor],
+        forward: Callable[[Tensor], Tensor],
+        uncompiled: Callable[[Tensor], Tensor],
+        uses: int,
+    ) -> Tensor:
         """``forward`` of the stacked windows, from a graph where there is one.
 
         Args:
             key: what makes passes differ besides the windows' number, shape and dtype.
             windows: tensors of one shape and dtype.
             forward: the pass; it always takes the same way, and gives one tensor.
+            uncompiled: the same without ``torch.compile``, whose operations cannot be looked at.
             uses: the pass that a graph is captured after.
 
         Returns:
@@ -91,7 +99,7 @@ class Graphs:
             stacked = torch.stack(tuple(windows))
             output = forward(stacked)  # also fills whatever the network keeps between passes, ahead of a capture
             if self._is_due(key, uses):
-                self._capture(key, forward, stacked)
+                self._capture(key, stacked, forward, uncompiled)
             return output
         self._used[key] = self._passes
         torch.stack(tuple(windows), out=graph.input)
@@ -113,12 +121,12 @@ class Graphs:
             del self._graphs[oldest], self._used[oldest]
         return True
 
-    def _capture(self, key: tuple, forward: Callable, windows: Tensor) -> None:
+    def _capture(self, key: tuple, windows: Tensor, forward: Callable, uncompiled: Callable) -> None:
         del self._uses[key]
         try:
             if not self._place:
                 self._place = new_place(windows.device)
-            self._graphs[key] = capture(forward, windows, *self._place)
+            self._graphs[key] = capture(windows, forward, uncompiled, *self._place)
             self._used[key] = self._passes
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured
             reason = str(error).strip().splitlines()[0]
@@ -139,11 +147,17 @@ def new_place(device: torch.device) -> tuple:
     return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
-def capture(forward: Callable[[Tensor], Tensor], windows: Tensor, stream: torch.cuda.Stream, pool: tuple) -> Graph:
+def capture(
+    windows: Tensor,
+    forward: Callable[[Tensor], Tensor],
+    uncompiled: Callable[[Tensor], Tensor],
+    stream: torch.cuda.Stream,
+    pool: tuple,
+) -> Graph:
     """Capture ``forward``, which has run on such windows just before: nothing is set up or kept by it any more."""
     reads = _Reads(windows)
     with reads:
-        forward(windows)
+        uncompiled(windows)
     with torch.inference_mode(False):  # else it could only be written in that mode
         static = torch.empty_like(windows)
     graph = torch.cuda.CUDAGraph()

@@ -346,12 +346,26 @@ class WindowNetwork:
             return self._pass(torch.stack(tuple(windows)))
         # A last batch with fewer windows has a graph of its own: filled up to the usual number it would take longer.
         key = bool(cfg.get('compile')), *self._autocast.values()
-        return self.graphs.run(key, windows, self._pass, 1 if cfg.get('cuda_graph') else 3)
+        uses = 1 if cfg.get('cuda_graph') else 3
+        return self.graphs.run(key, windows, self._pass, self._uncompiled_pass, uses)
 
     def _pass(self, windows: Tensor) -> Tensor:
         forward = self._forward
         if self.segmentor.test_cfg.get('compile') and not isinstance(self.segmentor.backbone, VOLO):
             forward = partial(self._compile(_call_network), self)
+        return self._with_options(forward, windows)
+
+    def _uncompiled_pass(self, windows: Tensor) -> Tensor:
+        backbone = self.segmentor.backbone
+        if not isinstance(backbone, VOLO):
+            return self._with_options(self._forward, windows)
+        calls, backbone.calls = backbone.calls, {}
+        try:
+            return self._with_options(self._forward, windows)
+        finally:
+            backbone.calls = calls
+
+    def _with_options(self, forward: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
         # Autocast's own copies of weights end with the picture, which a graph outlives.
         weights = nullcontext() if self._weights is None else self._weights
         with torch.autocast(**self._autocast, cache_enabled=not self._uses_graphs), weights:

@@ -25,7 +25,7 @@ def captured(monkeypatch):
     """Graphs on a CPU; what was captured, as a list of shapes, and replayed."""
     log = dict(captured=[], replayed=0)
 
-    def capture(forward, windows, *place):
+    def capture(windows, forward, *_):
         network = forward.__self__
         log['captured'].append(tuple(windows.shape))
         held = [
@@ -266,7 +266,8 @@ def test_graphs_are_few_and_shapes_that_take_turns_do_not_push_each_other_out(ca
     def run(cache, size, times=1):
         for _ in range(times):
             windows = [torch.full((3, size), float(size)) for _ in range(2)]
-            assert torch.equal(cache.run((), windows, Doubling().forward, 3), torch.stack(windows) * 2)
+            doubled = Doubling().forward
+            assert torch.equal(cache.run((), windows, doubled, doubled, 3), torch.stack(windows) * 2)
 
     class Doubling:
         def __init__(self):
@@ -324,6 +325,25 @@ def test_marks_tell_what_was_written():
         model[1].running_mean.add_(1)
     assert mark_of(model) not in (None, first)
     assert mark_of(model.train()) is None
+
+
+@pytest.mark.parametrize('backbone', ['VOLO', 'other'])
+def test_reads_are_looked_for_without_compiled_parts(monkeypatch, backbone):
+    called = []
+    monkeypatch.setattr(
+        torch, 'compile', lambda function, dynamic: lambda *inputs: called.append(1) or function(*inputs)
+    )
+    model = model_in_windows(compile=True)
+    if backbone == 'other':
+        monkeypatch.setattr(segmentors, 'VOLO', EncoderDecoder)
+    with torch.no_grad(), model.network.running():
+        x = torch.randn(1, 3, 64, 96)
+        expected = model.network._pass(x)
+        times = len(called)
+        assert times == (1 if backbone == 'other' else 5)
+        assert torch.equal(model.network._uncompiled_pass(x), expected) and len(called) == times
+        model.network._pass(x)
+        assert len(called) == 2 * times
 
 
 @pytest.fixture
