@@ -156,8 +156,9 @@ def conv_of_enlarged(
         product = F.conv2d(x, taps[i]).permute(0, 2, 3, 1).reshape(h, B * w * 3 * O)
         summed = rows[i] @ product if summed is None else summed.addmm_(rows[i], product)
     # Columns: (W, w 3) times (w 3, O) for each row.
-    out = torch.bmm(columns.expand(H * B, W, w * 3), summed.flatten().view(H * B, w * 3, O))
-    return out.view(H, B, W, O).permute(1, 3, 0, 2)
+    summed = summed.view(H, B, -1).transpose(0, 1).reshape(B * H, w * 3, O)
+    out = torch.bmm(columns.expand(B * H, W, w * 3), summed)
+    return out.view(B, H, W, O).permute(0, 3, 1, 2)
 
 
 def conv_of_pooled(
