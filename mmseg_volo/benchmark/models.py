@@ -204,7 +204,7 @@ def _run(model: EncoderDecoder, case: ModelCase, x: Tensor) -> None:
     if ours and case.run == 'network':
         network = model.network
         with network.running():
-            network.run(list(x)) if hasattr(network, 'run') else network._run(x)
+            network.run(list(x))
     elif ours and case.run == 'predict':
         model.predict(x)
     else:
