@@ -303,6 +303,10 @@ class _Ahead:
     function: Callable[[Plan], None]
 
     def __call__(self, task: Task) -> None:
+        import torch._inductor.config
+
+        # The cores are shared by several of these, and by the checks.
+        torch._inductor.config.compile_threads = 2
         self.function(task.plan)
 
 
