@@ -48,16 +48,20 @@ def _two(below, above, odd, dtype: tl.constexpr):
 
 
 @triton.jit
-def _columns(x, ROWS: tl.constexpr, N: tl.constexpr):
-    """The N columns (ROWS,) of x (ROWS, N); N is a power of two."""
-    if N == 1:
-        out = (tl.reshape(x, (ROWS,)),)
-    else:
-        even, odd = tl.split(tl.reshape(x, (ROWS, N // 2, 2)))
-        even, odd = _columns(even, ROWS, N // 2), _columns(odd, ROWS, N // 2)
-        out = (even[0], odd[0])
-        for i in tl.static_range(1, N // 2):
-            out = out + (even[i], odd[i])
+def _columns(x, ROWS: tl.constexpr, LOG_N: tl.constexpr):
+    """The 2**LOG_N columns (ROWS,) of x."""
+    parts = (x,)  # of those whose number is 0, 1, ... modulo the number of parts
+    for level in tl.static_range(LOG_N):
+        evens = ()
+        odds = ()
+        for i in tl.static_range(1 << level):
+            even, odd = tl.split(tl.reshape(parts[i], (ROWS, 1 << (LOG_N - level - 1), 2)))
+            evens = evens + (even,)
+            odds = odds + (odd,)
+        parts = evens + odds
+    out = ()
+    for i in tl.static_range(1 << LOG_N):
+        out = out + (tl.reshape(parts[i], (ROWS,)),)
     return out
 
 
@@ -74,16 +78,16 @@ def _in_words(numbers, start):
 def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
     """COUNT numbers, or one more, from each place; (ROWS,) in float32 each, zeros where there is no window."""
     if dtype == tl.float32:
-        N: tl.constexpr = 16 if COUNT <= 16 else 32
-        n = tl.arange(0, N)
+        LOG_N: tl.constexpr = 4 if COUNT <= 16 else 5
+        n = tl.arange(0, 1 << LOG_N)
         x = tl.load(words + at[:, None] + n[None, :], mask=live[:, None] & (n < COUNT)[None, :], other=0.0)
-        out = _columns(x, ROWS, N)
+        out = _columns(x, ROWS, LOG_N)
     else:
-        N: tl.constexpr = 8 if COUNT <= 15 else 16
-        n = tl.arange(0, N)
+        LOG_N: tl.constexpr = 3 if COUNT <= 15 else 4
+        n = tl.arange(0, 1 << LOG_N)
         # No word more than needed: the last one of a tensor may end where the memory ends.
         used = live[:, None] & (n[None, :] < ((COUNT + 1 + (at & 1)) >> 1)[:, None])
-        x = _columns(tl.load(words + (at >> 1)[:, None] + n[None, :], mask=used, other=0), ROWS, N)
+        x = _columns(tl.load(words + (at >> 1)[:, None] + n[None, :], mask=used, other=0), ROWS, LOG_N)
         out = ()
         for i in tl.static_range(0, COUNT, 2):
             out = out + _two(x[i // 2], x[i // 2 + 1], at & 1, dtype)
@@ -285,7 +289,7 @@ def _windows_kernel(
     of_v = tl.load(v + image + places, mask=inside, other=0.0)
     of_grad = tl.load(grad + image + places, mask=inside, other=0.0)
     grad_a = tl.dot(of_grad, tl.permute(of_v, (0, 2, 1)), input_precision='ieee')
-    grad_a = _columns(tl.reshape(grad_a, (ROWS * 16, 16)), ROWS * 16, 16)  # by q; the rows are (window, head, p)
+    grad_a = _columns(tl.reshape(grad_a, (ROWS * 16, 16)), ROWS * 16, 4)  # by q; the rows are (window, head, p)
 
     row = tl.program_id(0) * ROWS * 16 + tl.arange(0, ROWS * 16)
     row, p = row // 16, row % 16
