@@ -272,7 +272,7 @@ def test_where_the_kernel_runs(monkeypatch):
     def why(logits=(16, 150, 64, 64), labels=(16, 512, 512), dtype=torch.bfloat16, kind=torch.int64, align=False):
         return kernel.why_not(Cuda(logits, dtype), Cuda(labels, kind), align)
 
-    monkeypatch.setattr(kernel, '_missing', lambda index: None)
+    monkeypatch.setattr(kernel, 'what_is_missing', lambda device, index: None)
     assert why() is None and why(dtype=torch.float32) is None and why((2, 2, 1, 1), (2, 99, 256)) is None
     assert 'float64' in why(dtype=torch.float64) and 'uint8' in why(kind=torch.uint8)
     assert 'no elements' in why(logits=(0, 150, 64, 64), labels=(0, 512, 512))

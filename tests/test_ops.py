@@ -417,7 +417,7 @@ def test_auto_takes_what_can_run(caplog):
 
 
 def test_gpu_rules(monkeypatch):
-    monkeypatch.setattr(fused, '_missing', lambda device, index: None)
+    monkeypatch.setattr(fused, 'what_is_missing', lambda device, index: None)
 
     class Cuda:
         """What the rules look at."""

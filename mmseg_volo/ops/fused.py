@@ -24,7 +24,7 @@ def why_not(
         return f'v is on {v.device} and logits on {logits.device}'
     if device not in _KERNELS:
         return f'there is no kernel for {device} devices'
-    missing = _missing(device, v.device.index)
+    missing = what_is_missing(device, v.device.index)
     if missing:
         return missing
     if kernel_size != 3:
@@ -53,7 +53,7 @@ def why_not(
 
 
 @torch.compiler.assume_constant_result
-def _missing(device: str, index: int | None) -> str | None:
+def what_is_missing(device: str, index: int | None) -> str | None:
     """What this machine lacks for the kernels of a device."""
     return _missing_once(device, index)
 

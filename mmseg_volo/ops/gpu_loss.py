@@ -252,11 +252,6 @@ def _axis(size: int, out: int, align_corners: bool, device: torch.device) -> _Ax
     return _Axis(index, fraction, first, begin, end, tiles, tile, span)
 
 
-def check() -> None:
-    """Raise whatever Triton raises where it cannot launch kernels: it needs a driver, and to launch, a C compiler."""
-    triton.runtime.driver.active.get_current_target()
-
-
 def forward(
     logits: torch.Tensor,
     labels: torch.Tensor,

@@ -4,11 +4,12 @@
 log-sum-exp in float32 and its class in int16.
 """
 
-import functools
 import importlib
 import math
 
 import torch
+
+from .fused import what_is_missing
 
 _DTYPES = torch.float32, torch.float16, torch.bfloat16
 _LIMIT = 2**31  # places within an image are 32-bit numbers
@@ -30,24 +31,7 @@ def why_not(logits: torch.Tensor, labels: torch.Tensor, align_corners: bool) -> 
     step = (W - 1) / (w - 1) if align_corners and w > 1 else W / w
     if (W if w == 1 else 2 * step + 1) > _SPAN:
         return f'the kernels enlarge to at most {_SPAN // 2} times the width, got {w} to {W}'
-    return _missing(logits.device.index)
-
-
-@torch.compiler.assume_constant_result
-def _missing(index: int | None) -> str | None:
-    """What this machine lacks for the kernels."""
-    return _missing_once(index)
-
-
-@functools.cache
-def _missing_once(index: int | None) -> str | None:
-    if torch.cuda.get_device_capability(index) < (8, 0):
-        return f'the kernels need compute capability 8.0, {torch.cuda.get_device_name(index)} has less'
-    try:
-        _kernels().check()
-    except Exception as error:  # Triton raises what it likes, as where its launcher finds no C compiler
-        return f'Triton cannot be used: {error}'
-    return None
+    return what_is_missing('cuda', logits.device.index)
 
 
 def _kernels():
