@@ -236,14 +236,16 @@ def compare(
 
 def _rotating(case: OpCase, impl: str, sets: Sequence[Inputs]) -> Callable[[], None]:
     """A call on the next set; on a GPU calls on all of them, as one CUDA graph."""
-    if torch.device(case.device).type == 'cuda':
-        return as_graph(lambda: [run(case, impl, inputs) for inputs in sets] and None, case.device)
     following = cycle(sets)
 
     def call() -> None:
         run(case, impl, next(following))
 
-    return call
+    def call_all() -> None:
+        for _ in sets:
+            call()
+
+    return as_graph(call_all, case.device) if torch.device(case.device).type == 'cuda' else call
 
 
 def _call_mb(case: OpCase, impl: str, inputs: Inputs) -> float | None:

@@ -366,7 +366,7 @@ def backward(
     rows = min(max(128 // block, 1), 8)
     grid = triton.cdiv(w * M, rows), h, B
     tensors, sizes = (grad, v, logits, grad_logits, transposed), (H, W, h, w, M, C // M, stride, padding)
-    with _on(v):
+    with on_device(v):
         _windows_kernel[grid](
             *tensors, scale, scale * math.log2(math.e), *sizes, rows, block, num_warps=max(rows // 2, 1)
         )
@@ -384,7 +384,7 @@ def _cells(tokens, weights, transposed: bool, scale: float, stride: int, padding
         rows //= 2  # 4 channels
     grid = triton.cdiv(triton.cdiv(W, stride) * M, rows), triton.cdiv(H, stride), B
     sizes = H, W, h, w, M, C // M, stride, padding
-    with _on(tokens):
+    with on_device(tokens):
         tensors, options = (tokens, weights, out), dict(num_warps=2, **_REGISTERS)
         _cells_kernel[grid](*tensors, scale * math.log2(math.e), *sizes, transposed, rows, half, **options)
     return out
@@ -396,6 +396,6 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
-def _on(tensor: torch.Tensor):
-    """Triton launches on the current device."""
+def on_device(tensor: torch.Tensor):
+    """The context to launch in: Triton launches on the current device."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

@@ -24,6 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .gpu import on_device
+
 # Forward: pixels of a program. Backward: threads' columns, classes and rows of logits of a program.
 _COLUMNS, _PIXEL_ROWS = 128, 8
 _LANES, _CLASSES, _ROWS = 128, 4, 16  # tuned on an H200: 1.68 ms with 4 classes, 1.90 with 8, 2.12 with 16
@@ -275,7 +277,7 @@ def forward(
     taps = rows.index, rows.fraction, columns.index, columns.fraction, rows.tiles
     tensors = logits, labels, given, *taps, sums, right, logsumexp, targets
     flags = weights is not None, keep, rows.tile, _COLUMNS
-    with _on(logits):
+    with on_device(logits):
         _forward_kernel[grid](*tensors, ignore_index, C, h, w, H, W, tiles, *flags, num_warps=4)
     return sums.sum(), right.sum(), logsumexp, targets
 
@@ -303,11 +305,6 @@ def backward(
     taps = rows.fraction, rows.first, columns.index, columns.fraction, columns.begin, columns.end
     tensors = grad.float(), logits, logsumexp, targets, given, *taps, out
     flags = weights is not None, classes, lanes // span, span, _ROWS
-    with _on(logits):
+    with on_device(logits):
         _backward_kernel[grid](*tensors, C, h, w, H, W, tiles, *flags, num_warps=lanes // 32)
     return out
-
-
-def _on(tensor: torch.Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
