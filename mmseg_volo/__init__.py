@@ -1,24 +1,23 @@
 """Semantic segmentation with VOLO on MMSegmentation: importing this package registers what it adds to mmseg."""
 
-from .apis import init_model
-from .data.check import DataError
-from .data.datasets import CamVidDataset
-from .data.guard import LabelGuardHook
-from .data.loading import LoadCheckedAnnotations, LoadCheckedImage
-from .data.street_scenes import StreetSceneDataset
-from .errors import CheckpointError, ConfigError
+from .datasets.camvid import CamVidDataset
+from .datasets.loading import LoadCheckedAnnotations, LoadCheckedImage
+from .datasets.street_scenes import StreetSceneDataset
+from .engine.checkpoint_hook import AtomicCheckpointHook
+from .engine.guards import LabelGuardHook, NonFiniteGuardHook
+from .engine.loop import ResumableSampler, ResumableTrainLoop
+from .engine.optim import BFloat16OptimWrapper, VOLOLayerDecayConstructor
+from .engine.runner import VOLORunner
+from .engine.sharding import VOLOFullyShardedDataParallel
+from .errors import CheckpointError, ConfigError, DataError
 from .evaluation import EvaluationRecordHook
-from .heads import LeanUPerHead
-from .hooks import AtomicCheckpointHook, NonFiniteGuardHook
-from .losses import BandedLoss, LeanFCNHead
-from .necks import VOLOPyramid
-from .optim import VOLOLayerDecayConstructor
-from .resumable import ResumableSampler, ResumableTrainLoop
-from .runner import BFloat16OptimWrapper, VOLORunner
-from .segmentors import StreamingEncoderDecoder, StreamingTTAModel
-from .sharding import VOLOFullyShardedDataParallel
+from .inference.model import init_model
+from .models.heads import LeanUPerHead
+from .models.losses import BandedLoss, LeanFCNHead
+from .models.necks import VOLOPyramid
+from .models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
+from .models.volo import ARCHS, VOLO
 from .version import __version__
-from .volo import ARCHS, VOLO
 
 __all__ = [
     'ARCHS',

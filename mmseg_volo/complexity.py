@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prettytable import PrettyTable
 
-from .volo import ARCHS, OUTLOOK, PATCH, STRIDE, VOLO
+from .models.volo import ARCHS, OUTLOOK, PATCH, STRIDE, VOLO
 
 # Tables 2 and 7: parameters in millions, multiply-adds in billions at 224 x 224.
 PAPER = {'d1': (26.6, 6.8), 'd2': (58.7, 14.1), 'd3': (86.3, 20.6), 'd4': (193.0, 43.8), 'd5': (296.0, 69.0)}

@@ -25,7 +25,7 @@ from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from .segmentors import StreamingEncoderDecoder, StreamingTTAModel
+from .models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
 
 FOLDER = 'evaluation'
 _LEVELS = 10_000  # of confidence: whole numbers of pixels add up to the same on any number of processes

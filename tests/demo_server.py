@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from small_runs import write_config
 
-from mmseg_volo.apis import init_model
-from mmseg_volo.data.street_drawing import draw_scene
+from mmseg_volo.datasets.street_drawing import draw_scene
 from mmseg_volo.demo.model import SharedModel
 from mmseg_volo.demo.uploads import Limits
 from mmseg_volo.inference import Predictor
+from mmseg_volo.inference.model import init_model
 
 LIMITS = Limits(megapixels=1, megabytes=1)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 
-from mmseg_volo.checkpoint import load_from_local
-from mmseg_volo.config import load_config
+from mmseg_volo.checkpoints.reading import load_from_local
+from mmseg_volo.utils.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = f"""

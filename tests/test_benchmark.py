@@ -8,10 +8,10 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from commands import CONFIG
 from mmengine.config import Config
 from mmseg.datasets import CityscapesDataset
 from mmseg.registry import MODELS
-from test_tools import CONFIG
 
 from mmseg_volo.benchmark import (
     SIDES,

@@ -26,12 +26,12 @@ from mmseg.structures import SegDataSample
 from PIL import Image
 from torch import nn
 
-from mmseg_volo.data.check import check_config, check_not_empty, check_split, quick_check
-from mmseg_volo.data.guard import LabelGuardHook
-from mmseg_volo.data.image_files import Header, read_header
-from mmseg_volo.data.labels import label_table
+from mmseg_volo.datasets.checks.check import check_config, check_not_empty, check_split, quick_check
+from mmseg_volo.datasets.checks.headers import Header, read_header
+from mmseg_volo.datasets.checks.labels import label_table
+from mmseg_volo.engine.guards import LabelGuardHook
 from mmseg_volo.errors import DataError
-from mmseg_volo.inference import _for_arrays
+from mmseg_volo.inference.predictor import _for_arrays
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ('road', 'sky', 'tree', 'car')
@@ -529,7 +529,7 @@ class OwnInit(BaseSegDataset):
 )
 def test_what_is_not_understood_passes_with_a_line_in_the_log(data, change, reason, monkeypatch):
     said = []
-    monkeypatch.setattr('mmseg_volo.data.check.print_log', lambda text, **_: said.append(text))
+    monkeypatch.setattr('mmseg_volo.datasets.checks.check.print_log', lambda text, **_: said.append(text))
     shutil.rmtree(data / 'labels')
     quick_check(dataset(data, **change))
     assert len(said) == 1 and reason in said[0]

@@ -22,14 +22,14 @@ from demo_server import LIMITS, bad_files, picture_file
 from PIL import Image
 from small_runs import ROOT
 
-from mmseg_volo.config import run_tool
-from mmseg_volo.data.street_drawing import draw_scene
+from mmseg_volo.cli import run_tool
+from mmseg_volo.datasets.street_drawing import draw_scene
 from mmseg_volo.demo import check_installed
 from mmseg_volo.demo.model import SharedModel, Stopped
 from mmseg_volo.demo.uploads import RefusedPicture, read_upload
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor, read_image
-from mmseg_volo.visualize import overlay
+from mmseg_volo.inference.visualize import overlay
 
 pytest.importorskip('gradio', reason="needs gradio: pip install -e '.[demo]'")
 

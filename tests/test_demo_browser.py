@@ -12,7 +12,7 @@ from browser import chromium, watched
 from demo_server import bad_files, picture_file
 
 from mmseg_volo.inference import Predictor, read_image
-from mmseg_volo.visualize import overlay
+from mmseg_volo.inference.visualize import overlay
 
 pytest_plugins = ['demo_server']
 pytestmark = pytest.mark.slow

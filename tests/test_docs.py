@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from mmengine.config import Config
 from mmseg.registry import MODELS
 
-from mmseg_volo.data.street_scenes import draw_street_scenes
+from mmseg_volo.datasets.street_scenes import draw_street_scenes
 
 # Sphinx warns its own extensions and MyST of its next versions.
 pytestmark = pytest.mark.filterwarnings('ignore::PendingDeprecationWarning')
@@ -353,7 +353,7 @@ def test_the_commands_run(place):
     [
         ('mmseg_volo.inference.Predictor.predict', True),
         ('torch.nn.Module', True),
-        ('mmseg_volo.inference.Predict', False),
+        ('mmseg_volo.inference.predictor.Predict', False),
     ],
 )
 def test_names_in_docstrings_are_looked_up(name, there):

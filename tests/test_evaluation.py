@@ -7,17 +7,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from commands import CONFIG, miou, run, tool
 from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.registry import MODELS
 from small_models import build
 from small_runs import small_config
-from test_tools import CONFIG, miou, run, tool
 
-from mmseg_volo.config import build_runner
+from mmseg_volo.engine.runner import VOLORunner, build_runner
 from mmseg_volo.evaluation import NoRecord, confusion_of, iou_of
 from mmseg_volo.report import write_report
-from mmseg_volo.runner import VOLORunner
 
 PICTURES = 6
 

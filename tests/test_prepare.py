@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmseg_volo.data import prepare
+from mmseg_volo.datasets import prepare
 
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / 'tools' / 'prepare_data.py'

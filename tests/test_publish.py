@@ -24,14 +24,14 @@ from safetensors import safe_open
 from small_runs import ROOT, small_config
 
 import mmseg_volo.evaluation  # noqa: F401  (registers the hook)
-from mmseg_volo.apis import init_model
-from mmseg_volo.checkpoint import load_from_local
-from mmseg_volo.config import build_runner
+from mmseg_volo.checkpoints.reading import load_from_local
+from mmseg_volo.checkpoints.writing import save
+from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.errors import CheckpointError, ConfigError
 from mmseg_volo.inference import Predictor
+from mmseg_volo.inference.model import init_model
 from mmseg_volo.publishing import publish
 from mmseg_volo.publishing.settings import read_config
-from mmseg_volo.saving import save
 
 
 def tool(name: str, *arguments: object) -> None:

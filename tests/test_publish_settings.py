@@ -7,8 +7,8 @@ import pytest
 import yaml
 from mmengine.config import Config
 
+from mmseg_volo.checkpoints.config_text import literals
 from mmseg_volo.errors import ConfigError
-from mmseg_volo.literals import literals
 from mmseg_volo.publishing.settings import as_text, check_nothing_private, read_config, shareable
 
 ROOT = Path(__file__).resolve().parents[1]

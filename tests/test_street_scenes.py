@@ -10,8 +10,8 @@ from mmseg.datasets import CityscapesDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import DATASETS
 
-from mmseg_volo.data import street_scenes
-from mmseg_volo.data.street_scenes import StreetSceneDataset, draw_scene, draw_street_scenes
+from mmseg_volo.datasets import street_scenes
+from mmseg_volo.datasets.street_scenes import StreetSceneDataset, draw_scene, draw_street_scenes
 
 SMALL = {'train': 3, 'val': 2, 'size': (64, 96)}
 POLE, PERSON, CAR, IGNORE = 5, 11, 13, 255

@@ -15,7 +15,7 @@ from mmseg_volo.benchmark.device_checks import CHECKS, Skipped, run_checks
 from mmseg_volo.benchmark.profiling import profile_call
 from mmseg_volo.benchmark.suite import Part, Task
 from mmseg_volo.benchmark.suite_parts import _goal, correctness
-from mmseg_volo.data.street_drawing import draw_scene
+from mmseg_volo.datasets.street_drawing import draw_scene
 
 
 def works(task: Task) -> None:

@@ -13,11 +13,11 @@ from drawn_videos import draw_video, frame, frames_of, turn, vary_rate, write
 from mmengine.config import Config
 from small_runs import write_config
 
-from mmseg_volo.apis import init_model
 from mmseg_volo.inference import Predictor
-from mmseg_volo.stopping import Stopped, StopSignals
-from mmseg_volo.video import SLOTS, VideoLegend, predict_video
-from mmseg_volo.visualize import overlay
+from mmseg_volo.inference.model import init_model
+from mmseg_volo.inference.video import SLOTS, VideoLegend, predict_video
+from mmseg_volo.inference.visualize import overlay
+from mmseg_volo.utils.signals import Stopped, StopSignals
 
 
 @pytest.fixture(scope='module')

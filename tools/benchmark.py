@@ -29,9 +29,9 @@ from mmseg_volo.benchmark import (
     SaveCase,
     TrainCase,
 )
-from mmseg_volo.config import run_tool
-from mmseg_volo.segmentors import PRECISIONS
-from mmseg_volo.volo import ARCHS
+from mmseg_volo.cli import run_tool
+from mmseg_volo.models.volo import ARCHS
+from mmseg_volo.models.windows import PRECISIONS
 
 
 def above_zero(kind: type) -> Callable[[str], int | float]:

@@ -18,8 +18,9 @@ from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from prettytable import PrettyTable
 
-from mmseg_volo.config import load_config, run_tool
-from mmseg_volo.data.check import Finding, SplitReport, check_config
+from mmseg_volo.cli import run_tool
+from mmseg_volo.datasets.checks.check import Finding, SplitReport, check_config
+from mmseg_volo.utils.config import load_config
 
 SHOWN = 3  # files of each kind of fault
 

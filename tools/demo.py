@@ -5,9 +5,10 @@ from pathlib import Path
 
 from mmengine.device import get_device
 
-from mmseg_volo.config import load_config, run_tool
+from mmseg_volo.cli import run_tool
 from mmseg_volo.demo import check_installed
 from mmseg_volo.inference import Predictor
+from mmseg_volo.utils.config import load_config
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
 import argparse
 
-from mmseg_volo.config import load_config, run_tool
+from mmseg_volo.cli import run_tool
 from mmseg_volo.export.exporting import export_model
 from mmseg_volo.export.formats import FORMATS
 from mmseg_volo.export.network import OUTPUTS
+from mmseg_volo.utils.config import load_config
 
 
 def main() -> None:

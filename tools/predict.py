@@ -4,10 +4,11 @@ import argparse
 import signal
 import sys
 
-from mmseg_volo.config import add_inference_arguments, load_config, run_tool
-from mmseg_volo.folders import Recipe, predict_files
-from mmseg_volo.stopping import Stopped
-from mmseg_volo.video import VIDEO_FORMATS, VIDEO_SUFFIXES
+from mmseg_volo.cli import add_inference_arguments, run_tool
+from mmseg_volo.inference.files import Recipe, predict_files
+from mmseg_volo.inference.video import VIDEO_FORMATS, VIDEO_SUFFIXES
+from mmseg_volo.utils.config import load_config
+from mmseg_volo.utils.signals import Stopped
 
 DESCRIPTION = """\
 Predict pictures and save class ids as PNG, and overlays; predict videos and save overlays.

@@ -7,7 +7,7 @@ data/cityscapes, data/ade or data/camvid.
 import argparse
 import sys
 
-from mmseg_volo.data.prepare import PrepareError, prepare_ade20k, prepare_camvid, prepare_cityscapes
+from mmseg_volo.datasets.prepare import PrepareError, prepare_ade20k, prepare_camvid, prepare_cityscapes
 
 PREPARE = {'cityscapes': prepare_cityscapes, 'ade20k': prepare_ade20k, 'camvid': prepare_camvid}
 

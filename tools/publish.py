@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from mmseg_volo.config import run_tool
+from mmseg_volo.cli import run_tool
 from mmseg_volo.publishing import publish
 
 

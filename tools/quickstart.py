@@ -15,8 +15,8 @@ import numpy as np
 from mmengine.config import Config
 from mmseg.registry import DATASETS
 
-from mmseg_volo.config import run_tool
-from mmseg_volo.visualize import side_by_side
+from mmseg_volo.cli import run_tool
+from mmseg_volo.inference.visualize import side_by_side
 
 TOOLS = Path(__file__).resolve().parent
 CONFIG = TOOLS.parent / 'configs/volo_d1_quickstart.py'

@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmseg_volo.config import run_tool
+from mmseg_volo.cli import run_tool
 from mmseg_volo.report import write_report
 
 

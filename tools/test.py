@@ -4,17 +4,12 @@ import argparse
 
 from mmengine.device import get_device
 
-from mmseg_volo.apis import exported_config
-from mmseg_volo.config import (
-    add_common_arguments,
-    add_inference_arguments,
-    build_runner,
-    load_config,
-    run_tool,
-    set_inference_options,
-    use_tta,
-)
-from mmseg_volo.export.running import is_onnx
+from mmseg_volo.cli import add_common_arguments, add_inference_arguments, run_tool
+from mmseg_volo.engine.runner import build_runner
+from mmseg_volo.inference.model import exported_config
+from mmseg_volo.inference.options import set_inference_options, use_tta
+from mmseg_volo.models.onnx import is_onnx
+from mmseg_volo.utils.config import load_config
 
 
 def main() -> None:

@@ -2,7 +2,10 @@
 
 import argparse
 
-from mmseg_volo.config import add_common_arguments, build_runner, load_config, run_tool, use_amp
+from mmseg_volo.cli import add_common_arguments, run_tool
+from mmseg_volo.engine.optim import use_amp
+from mmseg_volo.engine.runner import build_runner
+from mmseg_volo.utils.config import load_config
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..volo import VOLO
+from ..models.volo import VOLO
 from .cases import COMPILED, SIDES, BatchCase, columns_of
 from .measuring import (
     add_compiled,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..volo import STRIDE
+from ..models.volo import STRIDE
 
 SIDES = 'stock', 'ours'
 COMPILED = 'compiled'  # stock through torch.compile: the third side, where it was asked for and a compiler is there
@@ -24,8 +24,8 @@ class Case:
         precision: 'fp32', 'bf16' or 'fp16'.
         device: 'cpu', 'cuda', 'cuda:1', ...
         threads: of PyTorch on a CPU; None leaves them.
-        window_batch, compile, channels_last: options of :class:`~mmseg_volo.segmentors.StreamingEncoderDecoder`, for
-            our side only.
+        window_batch, compile, channels_last: options of our side only, see
+            :class:`~mmseg_volo.models.segmentors.StreamingEncoderDecoder`.
 
     Raises:
         ValueError: numbers that do not go together, or a device that is not there.

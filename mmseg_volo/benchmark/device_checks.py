@@ -27,15 +27,16 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..checkpoint import load_from_local
-from ..config import build_runner, load_config
-from ..data.street_drawing import draw_scene
+from ..checkpoints.reading import load_from_local
+from ..datasets.street_drawing import draw_scene
+from ..engine.runner import build_runner
 from ..export.formats import trace
 from ..export.network import ExportNetwork, exportable
-from ..heads import LeanUPerHead
-from ..losses import LeanFCNHead
+from ..models.heads import LeanUPerHead
+from ..models.losses import LeanFCNHead
+from ..models.volo import ARCHS, OutlookAttention
 from ..ops import IMPLEMENTATIONS, outlook_attention
-from ..volo import ARCHS, OutlookAttention
+from ..utils.config import load_config
 from .backbone import BackboneCase, build_backbones
 from .cases import SIDES, Case
 from .measuring import autocast
@@ -701,7 +702,7 @@ def _sync_bn(place: Place) -> tuple[bool, str]:
 @check('training: sharded (FSDP), one process')
 def _sharded(place: Place) -> tuple[bool, str]:
     _need_this_device(place)
-    from ..sharding import VOLOFullyShardedDataParallel  # PyTorch's FSDP is slow to import
+    from ..engine.sharding import VOLOFullyShardedDataParallel  # PyTorch's FSDP is slow to import
 
     wanted = _losses(_small_segmentor(place.device))
     with _one_process('nccl' if place.cuda else 'gloo'):

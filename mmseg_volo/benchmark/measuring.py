@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..segmentors import PRECISIONS
+from ..models.windows import PRECISIONS
 from .cases import COMPILED, SIDES, check_device
 from .reporting import progress
 
@@ -79,7 +79,7 @@ def _device_name(device: str) -> str:
 
 
 def autocast(precision: str, device: str) -> torch.autocast:
-    """The context for a precision of :data:`~mmseg_volo.segmentors.PRECISIONS`; fp32 changes nothing."""
+    """The context for a precision of :data:`~mmseg_volo.models.windows.PRECISIONS`; fp32 changes nothing."""
     low = precision != 'fp32'
     return torch.autocast(torch.device(device).type, PRECISIONS[precision] if low else None, enabled=low)
 

@@ -22,7 +22,7 @@ from mmseg.models.decode_heads import SegformerHead, UPerHead
 from mmseg.models.utils import resize
 from torch import Tensor
 
-from ..segmentors import StreamingEncoderDecoder
+from ..models.segmentors import StreamingEncoderDecoder
 from .cases import BatchCase, columns_of
 from .measuring import (
     NOT_MEASURED,

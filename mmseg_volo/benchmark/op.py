@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.volo import ARCHS, OUTLOOK, PATCH
+from ..models.windows import PRECISIONS
 from ..ops import outlook_attention
-from ..segmentors import PRECISIONS
-from ..volo import ARCHS, OUTLOOK, PATCH
 from .cases import check_device
 from .measuring import as_graph, forget_compiled, repeats_for, take_turns, time_limit, why_not_compiled
 from .reporting import NO_SPREAD, Spread, figure, mb, print_table, progress, times_faster, write_csv

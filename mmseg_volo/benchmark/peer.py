@@ -11,10 +11,10 @@ from mmseg.models import EncoderDecoder, SegDataPreProcessor, SegTTAModel
 from mmseg.models.decode_heads import FCNHead, UPerHead
 from torch import Tensor, nn
 
-from ..heads import LeanUPerHead
-from ..losses import LeanFCNHead
-from ..segmentors import StreamingEncoderDecoder, StreamingTTAModel
-from ..volo import ARCHS, STRIDE, VOLO, resize_pos_embed
+from ..models.heads import LeanUPerHead
+from ..models.losses import LeanFCNHead
+from ..models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
+from ..models.volo import ARCHS, STRIDE, VOLO, resize_pos_embed
 from .cases import SIDES, Case
 from .pictures import prepare
 

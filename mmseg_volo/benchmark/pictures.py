@@ -8,7 +8,7 @@ from mmengine.dataset import pseudo_collate
 from mmseg.datasets.transforms import LoadImageFromNDArray, PackSegInputs
 from torch import Tensor
 
-from ..data.street_drawing import draw_scene
+from ..datasets.street_drawing import draw_scene
 from .cases import MIN_SIDE, BatchCase
 
 SCALES = 0.75, 1.0, 1.25, 1.5, 1.75  # of the ten views, each with its mirror image: as configs/_base_ has them

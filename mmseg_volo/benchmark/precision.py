@@ -6,10 +6,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..config import load_config
-from ..folders import find_images
-from ..inference import Predictor
-from ..segmentors import PRECISIONS
+from ..inference.files import find_images
+from ..inference.predictor import Predictor
+from ..models.windows import PRECISIONS
+from ..utils.config import load_config
 from .measuring import timed
 from .reporting import Spread, figure, print_table, progress, times_faster, write_csv
 

@@ -15,7 +15,7 @@ from mmengine.runner import save_checkpoint
 from mmengine.runner.checkpoint import weights_to_cpu
 from mmengine.utils import apply_to
 
-from ..saving import finish, write
+from ..checkpoints.writing import finish, write
 from .cases import SIDES, columns_of
 from .measuring import NOT_MEASURED, memory_of, take_turns, timed
 from .peer import segmentor

@@ -16,7 +16,8 @@ import torch
 from mmengine.hooks import Hook
 from mmseg.registry import HOOKS
 
-from ..config import build_runner, load_config
+from ..engine.runner import build_runner
+from ..utils.config import load_config
 from . import backbone, inference, models, op, saving, training
 from .backbone import BackboneCase
 from .cases import COMPILED, Case, columns_of

@@ -16,7 +16,7 @@ from mmseg.models import EncoderDecoder
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from ..data.street_drawing import draw_scene
+from ..datasets.street_drawing import draw_scene
 from .cases import COMPILED, SIDES, BatchCase, columns_of
 from .measuring import (
     add_compiled,

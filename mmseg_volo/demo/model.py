@@ -7,10 +7,10 @@ from functools import cache
 import numpy as np
 import torch
 
-from ..data.street_drawing import draw_scene
+from ..datasets.street_drawing import draw_scene
 from ..errors import ConfigError
-from ..inference import Prediction, Predictor
-from ..segmentors import PRECISIONS
+from ..inference.predictor import Prediction, Predictor
+from ..models.windows import PRECISIONS
 
 
 class Stopped(Exception):
@@ -26,7 +26,7 @@ class SharedModel:
     Attributes:
         classes, palette: as of :class:`~mmseg_volo.inference.Predictor`.
         multi_scale: whether the config has test-time augmentation.
-        precisions: those of :data:`~mmseg_volo.segmentors.PRECISIONS` that run on the device; empty where the model
+        precisions: those of :data:`~mmseg_volo.models.windows.PRECISIONS` that run on the device; empty where the model
             cannot choose.
     """
 

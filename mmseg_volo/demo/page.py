@@ -14,7 +14,7 @@ import cv2
 import gradio as gr
 import torch
 
-from ..data.street_drawing import draw_scene
+from ..datasets.street_drawing import draw_scene
 from ..errors import ConfigError
 from . import result
 from .model import SharedModel, Stopped

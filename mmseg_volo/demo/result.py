@@ -8,8 +8,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..inference import Prediction
-from ..visualize import overlay
+from ..inference.predictor import Prediction
+from ..inference.visualize import overlay
 
 _SHOWN = 2048  # pixels of the longer side, as shown; class ids keep the picture's own size
 

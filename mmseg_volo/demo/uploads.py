@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..data.image_files import read_header
-from ..inference import read_image
+from ..datasets.checks.headers import read_header
+from ..inference.images import read_image
 
 # What both PIL and OpenCV read. As JPEG, PIL also opens MPO, the kind with a second picture in it of many cameras.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF')

@@ -15,11 +15,12 @@ from mmseg.models.utils import resize
 from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 
-from ..data.street_drawing import draw_scene
+from ..datasets.street_drawing import draw_scene
 from ..errors import ExportError
-from ..folders import find_images
-from ..inference import read_image
-from .formats import OPSET, STEP, Run
+from ..inference.files import find_images
+from ..inference.images import read_image
+from ..models.onnx import STEP, Run
+from .formats import OPSET
 from .tensorrt import TENSORRT, why_not
 
 LARGEST_DIFFERENCE = 1e-3  # of float32 logits
@@ -94,7 +95,7 @@ def compare(
     """Run the file and the model on pictures.
 
     Args:
-        run: of :func:`~mmseg_volo.export.formats.open_onnx` or ``open_pt2``.
+        run: of :func:`~mmseg_volo.models.onnx.open_onnx` or ``open_pt2``.
         about: what the file says of itself.
         segmentor: the model in PyTorch, float32.
         pictures: resized to each of ``sizes``; run one by one, and all together at the first size.

@@ -10,12 +10,13 @@ from mmengine.logging import print_log
 from mmseg.models import EncoderDecoder
 from torch import nn
 
-from ..apis import init_model
 from ..errors import ConfigError
-from ..segmentors import has_plain_head
+from ..inference.model import init_model
+from ..models.onnx import STEP, check_packages, open_onnx
+from ..models.windows import has_plain_head
 from ..version import __version__
 from .checks import check_onnx, compare, judge, sample_pictures, sizes_to_check
-from .formats import FORMATS, OPSET, STEP, check_packages, open_onnx, open_pt2, trace, write_onnx, write_pt2
+from .formats import FORMATS, OPSET, open_pt2, trace, write_onnx, write_pt2
 from .network import ExportNetwork, exportable, swaps_channels
 from .tensorrt import TENSORRT
 
@@ -50,7 +51,7 @@ def export_model(
         allow_mismatch: take checkpoints of other models or classes.
 
     Raises:
-        CheckpointError, FileNotFoundError: see :func:`~mmseg_volo.apis.init_model`.
+        CheckpointError, FileNotFoundError: see :func:`~mmseg_volo.inference.model.init_model`.
         ConfigError: the model cannot be exported, or a package is missing.
         ExportError: the file failed a check.
         OSError: the file cannot be written.

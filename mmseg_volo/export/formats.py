@@ -1,10 +1,8 @@
 """Exported files: how they are written, what they say of themselves, and how they are run."""
 
-import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,23 +13,13 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..errors import CheckpointError, ConfigError
-from .network import COARSE, ExportNetwork
+from ..models.onnx import COARSE, METADATA_KEY, STEP, Run
+from .network import ExportNetwork
 
 FORMATS = {'onnx': '.onnx', 'pt2': '.pt2'}
 OPSET = 17
-STEP = 16  # sides of dynamic inputs are multiples of this
 _LARGEST = 1024  # of STEP
-_KEY = 'mmseg_volo'
 _DEFAULTS_OF_18 = {'Resize': {'antialias': 0, 'keep_aspect_ratio_policy': b'stretch'}}
-
-Run = Callable[[np.ndarray], list[np.ndarray]]
-
-
-def check_packages(*names: str) -> None:
-    """Raise ConfigError where one of these packages, of the extra ``export``, is not installed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'ONNX needs {", ".join(missing)}: pip install -e ".[export]" in the clone')
 
 
 def trace(network: ExportNetwork, size: tuple[int, int], dynamic: bool) -> torch.export.ExportedProgram:
@@ -82,7 +70,7 @@ def write_onnx(program: torch.export.ExportedProgram, network: ExportNetwork, ab
             node.attribute.remove(attribute)
     _name_axes(model, network.preprocess)
     model.ir_version = min(model.ir_version, 8)  # of opset 17
-    model.metadata_props.add(key=_KEY, value=json.dumps(about))
+    model.metadata_props.add(key=METADATA_KEY, value=json.dumps(about))
     model.producer_name, model.producer_version = 'mmseg_volo', about['mmseg_volo']
     if model.ByteSize() >= 2**31:
         raise ConfigError(f'the model takes {model.ByteSize() / 2**30:.1f} GiB, one ONNX file 2 at most; take fp16')
@@ -108,49 +96,7 @@ def _name_axes(model: Any, channels_last: bool) -> None:
 def write_pt2(program: torch.export.ExportedProgram, about: dict, path: Path) -> None:
     """Write a file for :func:`torch.export.load`."""
     with path.open('wb') as file:
-        torch.export.save(program, file, extra_files={f'{_KEY}.json': json.dumps(about)})
-
-
-def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[Run, dict]:
-    """An ONNX file, ready to run: a function from an input to its two outputs, and what the file says of itself.
-
-    Args:
-        path: written by ``tools/export.py``.
-        device: 'cpu', 'cuda', 'cuda:1', ...; the latter need onnxruntime-gpu.
-        threads: for each picture; by default as many as PyTorch has.
-
-    Raises:
-        ConfigError: onnxruntime is not installed, or not for this device.
-        CheckpointError: another file.
-        FileNotFoundError: no file.
-    """
-    check_packages('onnxruntime')
-    import onnxruntime
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'{path} does not exist')
-    device = torch.device(device)
-    provider = 'CUDAExecutionProvider' if device.type == 'cuda' else 'CPUExecutionProvider'
-    if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(f'onnxruntime here has no {provider}: pip install onnxruntime-gpu, or take --device cpu')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    providers = [(provider, {'device_id': device.index or 0})] if device.type == 'cuda' else [provider]
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime has a class of its own for each reason
-        raise CheckpointError(f'{path} is no ONNX file, or broken: {str(error).splitlines()[0]}') from error
-    text = session.get_modelmeta().custom_metadata_map.get(_KEY)
-    if text is None:
-        raise CheckpointError(f'{path} was not written by tools/export.py: it does not say what classes it has')
-    about = json.loads(text)
-    names = [about['output'], COARSE]
-
-    def run(image: np.ndarray, names: list[str] = names) -> list[np.ndarray]:
-        return session.run(names, {'image': image})
-
-    return run, about
+        torch.export.save(program, file, extra_files={f'{METADATA_KEY}.json': json.dumps(about)})
 
 
 def open_pt2(path: str | Path) -> tuple[Run, dict]:
@@ -159,7 +105,7 @@ def open_pt2(path: str | Path) -> tuple[Run, dict]:
     Raises:
         CheckpointError: another file.
     """
-    extra = {f'{_KEY}.json': ''}
+    extra = {f'{METADATA_KEY}.json': ''}
     try:
         program = torch.export.load(str(path), extra_files=extra)
     except Exception as error:
@@ -171,7 +117,7 @@ def open_pt2(path: str | Path) -> tuple[Run, dict]:
         outputs: tuple[Tensor, ...] = module(torch.from_numpy(image))
         return [output.numpy() for output in outputs]
 
-    return run, json.loads(extra[f'{_KEY}.json'])
+    return run, json.loads(extra[f'{METADATA_KEY}.json'])
 
 
 @contextmanager

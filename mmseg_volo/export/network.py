@@ -11,11 +11,10 @@ from mmseg.registry import MODELS
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..heads import LeanUPerHead
-from ..volo import VOLO, OutlookAttention
+from ..models.heads import LeanUPerHead
+from ..models.volo import VOLO, OutlookAttention
 
 OUTPUTS = 'logits', 'classes'
-COARSE = 'coarse_logits'
 
 
 @MODELS.register_module()

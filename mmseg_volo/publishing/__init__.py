@@ -19,11 +19,11 @@ from mmengine.config import Config
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from ..apis import dataset_meta, init_model
-from ..checkpoint import load_from_local
+from ..checkpoints.compatibility import compare, dataset_meta_of
+from ..checkpoints.reading import load_from_local
+from ..checkpoints.writing import save
 from ..errors import CheckpointError, ConfigError, SaveError
-from ..matching import compare, dataset_meta_of
-from ..saving import save
+from ..inference.model import dataset_meta, init_model
 from ..version import __version__
 from . import card, records, settings
 

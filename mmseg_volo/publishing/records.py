@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import read_meta
+from ..checkpoints.config_text import literals
+from ..checkpoints.reading import read_meta
 from ..errors import CheckpointError
 from ..evaluation import FOLDER, iou_of
-from ..literals import literals
 from .settings import data_folder, is_place, last_part
 
 _STAMP = re.compile(r'_(\d{8}_\d{6})$')

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 
 from mmengine.config import Config
 
-from ..config import load_config
+from ..checkpoints.config_text import literals, strings
 from ..errors import ConfigError
-from ..literals import literals, strings
+from ..utils.config import load_config
 
 # What mmengine's Runner, the tools and mmseg's inference read. Anything else of a config is its author's own.
 _KEPT = (

@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ..inference import read_image
+from ..inference.images import read_image
 from .reading import Evaluation
 
 _SIDE = 480  # pixels of the longer side, at most

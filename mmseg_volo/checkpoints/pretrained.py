@@ -1,0 +1,120 @@
+"""Official and timm VOLO weights, put into the backbone."""
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import nn
+
+from ..errors import CheckpointError
+from .compatibility import fits, listed
+
+# What belongs to the ImageNet classifier alone; everything else in a file must find its place in the backbone.
+CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
+# Files name their weights so; an exponential moving average comes first, as in timm.
+STATE_KEYS = ('state_dict_ema', 'state_dict')
+
+
+def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
+    """The weights of a VOLO, by their official names, out of what a file holds.
+
+    Args:
+        content: the file's dict: ``state_dict_ema``, ``state_dict`` or bare weights, of a classifier or a segmentor.
+        source: the file's name, for the error.
+
+    Returns:
+        Name to tensor, without ``module.`` (data parallel) or ``backbone.`` (segmentor) in front.
+
+    Raises:
+        CheckpointError: no weights, or not those of a VOLO.
+    """
+    key = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
+    state = content[key] if key else content
+    state = {str(name).removeprefix('module.'): value for name, value in state.items()}
+    if any(name.startswith('backbone.') for name in state):
+        state = {name.removeprefix('backbone.'): v for name, v in state.items() if name.startswith('backbone.')}
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not {'patch_embed.conv.0.weight', 'network.0.0.attn.attn.weight'} <= tensors.keys():
+        found = ', '.join(list(map(str, state))[:4]) or 'nothing'
+        raise CheckpointError(
+            f'{source}: expected the weights of a VOLO (patch_embed.conv.0.weight, network.0.0.attn.attn.weight, ...), '
+            f'found {found}, ...'
+        )
+    return tensors
+
+
+def describe(state: dict[str, torch.Tensor], archs: dict[str, dict]) -> str:
+    """In words, which of ``archs`` a state dict belongs to: 'VOLO-D3 (blocks 8-8-16-4, widths 256/512)'."""
+    blocks: dict[int, set[str]] = {}
+    for name in state:
+        parts = name.split('.')
+        if parts[0] == 'network' and len(parts) > 3 and parts[2].isdigit():
+            blocks.setdefault(int(parts[1]), set()).add(parts[2])
+    depths = tuple(len(blocks[stage]) for stage in sorted(blocks))
+    widths = [state['patch_embed.proj.weight'].shape[0]] if 'patch_embed.proj.weight' in state else []
+    if 'network.1.proj.weight' in state:
+        widths.append(state['network.1.proj.weight'].shape[0])
+    numbers = f'blocks {"-".join(map(str, depths))}, widths {"/".join(map(str, widths))}'
+    for arch, spec in archs.items():
+        if depths == spec['depths'] and widths == [spec['dims'][0], spec['dims'][1]]:
+            return f'VOLO-{arch.upper()} ({numbers})'
+    return f'a VOLO with {numbers}'
+
+
+def load_backbone(backbone: nn.Module, source: str) -> None:
+    """Put pretrained VOLO weights into a :class:`~mmseg_volo.models.volo.VOLO`.
+
+    Only the classifier's own weights may be left out, and those of stages and norms that ``backbone`` was built
+    without. Only the LayerNorms of the levels before the last, which no classifier has, may be missing. A log line
+    says both. ``pos_embed`` is resized to the backbone's image size.
+
+    Args:
+        backbone: the VOLO to fill.
+        source: a path, a URL or ``timm://MODEL.TAG``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: a broken or unsafe file, no VOLO, or the weights of another variant. The backbone is then
+            unchanged.
+    """
+    state = volo_state_dict(CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='current'), source)
+    own, archs = backbone.state_dict(), backbone.arch_settings
+    classifier = [name for name in state if name.startswith(CLASSIFIER)]
+    # A backbone that ends early, or gives raw outputs, has no place for these and does not need them.
+    unbuilt = [name for name in state if name not in own and name not in classifier and _beyond(name, backbone)]
+    used = {name: value for name, value in state.items() if name not in {*classifier, *unbuilt}}
+
+    strange = [name for name in used if name not in own]
+    missing = [name for name in own if name not in used and not _may_miss(name)]
+    unlike = [name for name in used if name in own and not fits(name, used[name], own[name])]
+    if strange or missing or unlike:
+        raise CheckpointError(
+            f'{source}: expected weights of {describe(own, archs)}, found {describe(state, archs)}'
+            + listed('missing', missing)
+            + listed('unknown', strange)
+            + ''.join(f'; {n} is {tuple(used[n].shape)}, expected {tuple(own[n].shape)}' for n in unlike[:3])
+        )
+    new = [name for name in own if name not in used and not name.endswith('num_batches_tracked')]
+    backbone.load_state_dict({**{name: own[name] for name in own if name not in used}, **used})
+    heads = sorted({name.split('.')[0] for name in classifier})
+    print_log(
+        f'Loaded {len(used)} of {len(state)} entries of {describe(state, archs)} from {source}. '
+        f'Left out: {", ".join(heads) or "nothing"} of the classifier ({len(classifier)} entries)'
+        + (f' and {len(unbuilt)} entries of stages or norms that are not built' if unbuilt else '')
+        + (f'. Not in the file, kept at their start values: {", ".join(new)}' if new else '')
+        + '.',
+        logger='current',
+    )
+
+
+def _beyond(name: str, backbone: nn.Module) -> bool:
+    """Whether a weight belongs to a part that ``backbone`` was built without."""
+    if name.startswith('norm'):
+        return name.split('.')[0] not in dict(backbone.named_children())
+    if name.startswith('network.'):
+        return int(name.split('.')[1]) >= len(backbone.network) and backbone.out_indices[-1] < len(backbone.dims) - 1
+    return name == 'pos_embed' and not hasattr(backbone, 'pos_embed')
+
+
+def _may_miss(name: str) -> bool:
+    level_norm = name.startswith('norm') and not name.startswith('norm.')
+    return level_norm or name.endswith('num_batches_tracked')

@@ -1,0 +1,229 @@
+"""Whether a data set can be trained on and measured with: every file there, whole, and labelled as the config says.
+
+Labels are read as mmseg's ``LoadAnnotations`` reads them. A data set that is read otherwise (transforms of one's own,
+files on a server, other keys) is checked as far as it is understood, and the log says what was left out.
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.logging import print_log
+from tqdm import tqdm
+
+from ...errors import DataError
+from .labels import label_table
+from .listing import Finding, Source, find_sources, left_over_files, missing_files, present_files
+from .pair import PairResult, check_pair, faults_of_all, init_checker, shifted_labels
+
+_NAMED = 5  # findings that an error names
+_UNSEEN = 'the model cannot learn it: add pictures that show it, or leave the class out'
+
+
+@dataclass
+class SplitReport:
+    """What was found in one split.
+
+    Attributes:
+        classes: names, empty where the data set has none.
+        files, labels: number of images, and of labels that were read.
+        pixels, images: (N,) int64, pixels of each class and images in which it occurs.
+        ignored: ignored pixels.
+        digests: hash of an image file's bytes, to its path.
+        left_out: why parts were not checked.
+    """
+
+    split: str
+    classes: tuple[str, ...] = ()
+    findings: list[Finding] = field(default_factory=list)
+    files: int = 0
+    labels: int = 0
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    images: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    ignored: int = 0
+    digests: dict[bytes, str] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def faults(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.fault]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return [finding for finding in self.findings if not finding.fault]
+
+
+def check_not_empty(dataset_cfg: Mapping) -> None:
+    """Raise DataError where a data set has no files; it names the folder and the suffix that was looked for.
+
+    Args:
+        dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included.
+    """
+    _raise(chain.from_iterable(source.findings for source in find_sources(dataset_cfg, '', _log)))
+
+
+def quick_check(dataset_cfg: Mapping, num_files: int = 32) -> None:
+    """Raise DataError where training on a data set, or validation, is bound to fail or to be silently wrong.
+
+    Looks whether all files are there and reads a spread sample of them; takes a second or two.
+
+    Args:
+        dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included. One with transforms, keys or a
+            file server that this check does not know passes, and the log says so.
+        num_files: size of the sample.
+    """
+    sources = find_sources(dataset_cfg, '', _log)
+    for source in sources:
+        findings = source.findings + missing_files(source)
+        _raise(findings)
+        count = min(len(source.pairs), max(1, num_files // len(sources)))
+        sample = [source.pairs[i] for i in np.linspace(0, len(source.pairs) - 1, count).astype(int)]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the interpreter
+            results = list(pool.map(partial(check_pair, rules=source.rules), sample))
+        _raise(chain.from_iterable(result.findings for result in results))
+        rest = iter(set(source.pairs) - set(sample))
+        # A sample that looks wrong as a whole may be bad luck: look on until a file says otherwise.
+        while found := faults_of_all(source, results):
+            if (pair := next(rest, None)) is None:
+                _raise(found)
+            results = [check_pair(pair, source.rules)]
+            _raise(results[0].findings)
+
+
+def _raise(findings: Iterable[Finding]) -> None:
+    faults = [finding for finding in findings if finding.fault]
+    if len(faults) == 1:
+        raise DataError(str(faults[0]))
+    if faults:
+        more = f'\n  and {len(faults) - _NAMED} more' if len(faults) > _NAMED else ''
+        shown = ''.join(f'\n  {finding}' for finding in faults[:_NAMED])
+        raise DataError(
+            f'{len(faults)} files are missing or wrong (tools/check_data.py CONFIG checks all files):{shown}{more}'
+        )
+
+
+def _log(reason: str) -> None:
+    print_log(f'Data check: {reason}', logger='current', level=logging.INFO)
+
+
+def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) -> SplitReport:
+    """Check all files of a data set.
+
+    Args:
+        split: its name in the report.
+        dataset_cfg: its config, wrappers such as ``ConcatDataset`` included.
+        workers: number of processes; by default one per CPU.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    report = SplitReport(split)
+    for source in find_sources(dataset_cfg, split, report.left_out.append, draw=True):
+        results = _run(source, workers)
+        report.classes = report.classes or source.names
+        report.files += len(source.pairs)
+        report.digests.update((result.digest, result.pair[0]) for result in results if result.digest)
+        _count(report, source, results)
+        whole = faults_of_all(source, results) or shifted_labels(source, results)
+        replaced = {finding.kind for finding in whole}
+        single = [finding for result in results for finding in result.findings if finding.kind not in replaced]
+        report.findings += source.findings + missing_files(source) + left_over_files(source) + single + whole
+        for what, reader in (('images', source.rules.image), ('labels', source.rules.label)):
+            if reader is None:
+                report.left_out.append(f'the content of {what}: a transform that is not known here reads them')
+    return report
+
+
+def _run(source: Source, workers: int | None) -> list[PairResult]:
+    """Check the pairs that are there."""
+    present = present_files(path for pair in source.pairs for path in pair if path is not None)
+    pairs = []
+    for image, label in source.pairs:
+        if image in present:
+            pairs.append((image, label if label in present else None))
+    if not pairs:
+        return []
+    workers = min(workers or os.cpu_count() or 1, len(pairs))
+    pool = ProcessPoolExecutor(workers, initializer=init_checker)
+    try:
+        results = pool.map(partial(check_pair, rules=source.rules), pairs, chunksize=min(16, -(-len(pairs) // workers)))
+        return list(tqdm(results, total=len(pairs), unit='file', desc=source.rules.split))
+    except BrokenProcessPool as error:
+        raise DataError('a worker process was killed (out of memory?); run again with --workers 1') from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _count(report: SplitReport, source: Source, results: Sequence[PairResult]) -> None:
+    """Add the pixels of each class, and the images in which it occurs."""
+    if source.rules.classes is None:
+        return
+    table = label_table(source.rules.reduce_zero_label, source.rules.label_map)
+    ignored = table == source.rules.ignore_index
+    if not len(report.pixels):
+        report.pixels, report.images = np.zeros((2, source.rules.classes), np.int64)
+    for result in results:
+        if result.values is not None:
+            counts = np.zeros(max(256, len(report.pixels)), np.int64)
+            np.add.at(counts, table[~ignored], result.values[~ignored])
+            report.labels += 1
+            report.ignored += int(result.values[ignored].sum())
+            report.pixels += counts[: len(report.pixels)]
+            report.images += counts[: len(report.pixels)] > 0
+
+
+def check_config(config: Config, splits: Sequence[str] | None = None, workers: int | None = None) -> list[SplitReport]:
+    """Check the data sets of a config, each by itself and for pictures that two splits share.
+
+    Args:
+        config: one with ``train_dataloader``, ``val_dataloader`` or ``test_dataloader``.
+        splits: of 'train', 'val', 'test'; by default those that the config has, test only where it is not val.
+        workers: number of processes; by default one per CPU.
+
+    Raises:
+        DataError: a split has no dataloader in the config, or a worker process died.
+    """
+    cfgs = {}
+    for split in splits or ('train', 'val', 'test'):
+        loader = config.get(f'{split}_dataloader')
+        if loader is not None:
+            cfgs[split] = loader['dataset']
+        elif splits:
+            raise DataError(f'{split}_dataloader: the config has none; leave out --split {split}')
+    if splits is None and 'test' in cfgs and _same(cfgs['test'], cfgs.get('val')):
+        del cfgs['test']
+    reports = [check_split(split, cfg, workers) for split, cfg in cfgs.items()]
+    for i, report in enumerate(reports):
+        for other in reports[:i]:
+            if not _same(cfgs[report.split], cfgs[other.split]):
+                report.findings += _shared(report, other)
+        if report.split == 'train' and report.labels:
+            report.findings += [
+                Finding('train', 'absent class', name, 'no training label holds this class', _UNSEEN, fault=False)
+                for name, pixels in zip(report.classes, report.pixels, strict=False)
+                if not pixels
+            ]
+    return reports
+
+
+def _same(cfg: Mapping, other: Mapping | None) -> bool:
+    """Whether two data sets hold the same files: how they are read does not matter."""
+    return other is not None and {**cfg, 'pipeline': None} == {**other, 'pipeline': None}
+
+
+def _shared(report: SplitReport, other: SplitReport) -> list[Finding]:
+    remedy = f'remove it from {report.split} or from {other.split}'
+    return [
+        Finding(
+            report.split, 'duplicate', path, f'the same picture is in {other.split}: {other.digests[digest]}', remedy
+        )
+        for digest, path in report.digests.items()
+        if digest in other.digests
+    ]

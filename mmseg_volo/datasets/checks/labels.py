@@ -1,0 +1,90 @@
+"""What a label file holds, and what mmseg makes of its values."""
+
+from collections.abc import Iterable, Mapping
+
+import mmcv
+import numpy as np
+from PIL import Image
+
+from .headers import read_header
+
+_CITYSCAPES_IDS = 33
+
+
+class LabelError(ValueError):
+    """Bytes that are no label: the kind of fault, what is wrong and what to do, as clauses of a sentence."""
+
+    def __init__(self, kind: str, problem: str, remedy: str):
+        super().__init__(f'{problem}; {remedy}')
+        self.kind, self.problem, self.remedy = kind, problem, remedy
+
+
+def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') -> np.ndarray:
+    """The values (H, W), uint8, of a label file, decoded as mmseg's ``LoadAnnotations`` does.
+
+    Raises:
+        LabelError: the file is cut off or damaged, a JPEG, no map of one value per pixel, or its values need more than
+            8 bits, of which mmseg would keep the lowest.
+    """
+    try:
+        header = read_header(data)
+        label = None if header.format == 'jpeg' else mmcv.imfrombytes(data, flag=flag, backend=backend)
+    except Exception as error:  # decoders raise nearly anything on broken data
+        told = isinstance(error, ValueError | Image.DecompressionBombError)
+        reason = error if told else 'it is damaged or no image'
+        raise LabelError('unreadable label', f'the label cannot be read ({reason})', 'restore it') from error
+    if header.format == 'jpeg':
+        raise LabelError(
+            'lossy label', 'the label is a JPEG, which changes class ids', 'make it again as PNG from the source'
+        )
+    if label is None:
+        raise LabelError('unreadable label', 'the label cannot be read (it is damaged or no image)', 'restore it')
+    if label.ndim != 2 and label.shape[2] > 1:
+        colours = label[..., :3]
+        if (colours == colours[..., :1]).all():
+            problem, remedy = f'the label has {label.shape[2]} channels', 'they are equal: save one of them as PNG'
+        else:
+            problem = f'the label has {label.shape[2]} channels, colours instead of class ids'
+            remedy = 'translate the colours to class ids and save those as a grey-scale or palette PNG'
+        raise LabelError('channels of a label', problem, remedy)
+    ids = label.reshape(label.shape[:2]).astype(np.uint8)
+    if label.dtype not in (np.uint8, bool) and (label.reshape(ids.shape) != ids).any():
+        raise LabelError(
+            'depth of a label',
+            f'the label has values from {label.min()} to {label.max()} ({label.dtype}), of which mmseg keeps 8 bits',
+            'save class ids from 0 to 255 as an 8-bit PNG',
+        )
+    return ids
+
+
+def label_table(reduce_zero_label: bool, label_map: Mapping[int, int] | None) -> np.ndarray:
+    """The class id (256,), uint8, that mmseg's ``LoadAnnotations`` makes of each value of a label file."""
+    table = np.arange(256, dtype=np.uint8)
+    if reduce_zero_label:
+        table -= 1  # 0 becomes 255
+        table[255] = 255
+    mapped = table.copy()
+    for old, new in (label_map or {}).items():
+        mapped[table == old] = new
+    return mapped
+
+
+def likely_cause(values: Iterable[int], classes: int, reduce_zero_label: bool) -> str:
+    """What to look for, and do, where labels hold ``values`` that are none of the ``classes``."""
+    values = set(values)
+    if classes == 19 and max(values) <= _CITYSCAPES_IDS:
+        return (
+            'these look like Cityscapes label ids instead of train ids: use the *_labelTrainIds.png that '
+            'tools/prepare_data.py cityscapes makes'
+        )
+    if values == {classes} and not reduce_zero_label:
+        return (
+            f'set reduce_zero_label=True in the data set if 0 means unlabelled, write 255 if {classes} means void, or '
+            'add the missing class to the config'
+        )
+    if classes <= 2:
+        return 'this looks like a mask in grey values: write 0 for background and 1 for the object'
+    return (
+        f'write class ids from 0 to {classes - 1} and 255 for what is ignored (are these label ids instead of train '
+        'ids?), or correct the classes and num_classes in the config'
+    )

@@ -1,0 +1,183 @@
+"""What is in an image and its label: whether both are whole, fit each other, and mean what the config says."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import mmcv
+import numpy as np
+
+from ..prepare import _init_worker
+from .headers import read_header
+from .labels import LabelError, decode_label, label_table, likely_cause
+from .listing import Finding, Pair, Rules, Source
+
+_NAMED = 5  # values that a finding names
+_UNTURNED = ('color_ignore_orientation', 'grayscale_ignore_orientation', 'unchanged')
+_messages = None  # in a worker: the file that stands in for stderr
+
+
+@dataclass
+class PairResult:
+    """What one pair of files holds: raw label values (256,) int64, None where unread; hash of the image's bytes."""
+
+    pair: Pair
+    findings: list[Finding] = field(default_factory=list)
+    values: np.ndarray | None = None
+    digest: bytes = b''
+
+
+def check_pair(pair: Pair, rules: Rules) -> PairResult:
+    """Check an image and, where there is one and it is known how it is read, its label; nothing is raised."""
+    result, (image, label) = PairResult(pair), pair
+
+    def add(kind: str, path: str, problem: str, remedy: str, fault: bool = True) -> None:
+        result.findings.append(Finding(rules.split, kind, path, problem, remedy, fault))
+
+    shape, orientation = None, 1
+    try:
+        data = Path(image).read_bytes()
+        result.digest = hashlib.blake2b(data, digest_size=16).digest()
+        if rules.image:
+            shape, orientation, complaint = _read_image(data, *rules.image)
+            if complaint:
+                problem = f'the decoder takes the image for damaged ({complaint})'
+                add('damaged image', image, problem, 'look at it, and replace it if it is spoilt', fault=False)
+    except (OSError, ValueError) as error:
+        add('unreadable image', image, f'the image cannot be read ({_reason(error)})', 'restore it, or remove the pair')
+    if label is None or rules.label is None:
+        return result
+    try:
+        ids = decode_label(Path(label).read_bytes(), *rules.label)
+    except LabelError as error:
+        add(error.kind, label, error.problem, error.remedy)
+        return result
+    except OSError as error:
+        add('unreadable label', label, f'the label cannot be read ({_reason(error)})', 'restore it')
+        return result
+
+    result.values = _histogram(ids)
+    if shape is not None and shape != ids.shape:
+        sizes = f'the label is {_size(ids.shape)} pixels, its image {image} {_size(shape)}'
+        turned = ' once its EXIF orientation has turned it' if orientation != 1 else ''
+        add('size', label, sizes + turned, 'make both the same size')
+    elif orientation != 1:
+        problem = f'its EXIF orientation ({orientation}) turns the image, but not its label {label}'
+        add('turned image', image, problem, 'store the picture turned, if they do not fit', fault=False)
+    table = label_table(rules.reduce_zero_label, rules.label_map)
+    known = table == rules.ignore_index
+    if rules.classes is not None:
+        wrong = np.flatnonzero(result.values * ~(known | (table < rules.classes)))
+        if len(wrong):
+            shown = ', '.join(f'{value} ({result.values[value]} pixels)' for value in wrong[:_NAMED])
+            shown += ', ...' if len(wrong) > _NAMED else ''
+            first = int(rules.reduce_zero_label)
+            problem = f'label value {shown} is none of the {rules.classes} classes'
+            if not rules.label_map:
+                problem += f' ({first} to {rules.classes - 1 + first} in the file, {rules.ignore_index} is ignored)'
+            add('label value', label, problem, likely_cause(table[wrong].tolist(), rules.classes, bool(first)))
+    if not (result.values * ~known).any():
+        remedy = 'remove the pair if that is no intent'
+        add('no labelled pixel', label, 'every pixel of the label is ignored', remedy, fault=False)
+    return result
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f'{shape[1]} x {shape[0]}'
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, 'strerror', None) or str(error)
+
+
+def _read_image(data: bytes, flag: str, backend: str) -> tuple[tuple[int, int] | None, int, str]:
+    """Size as the loader will give it, EXIF orientation (1 where it turns nothing) and the decoder's complaint.
+
+    A PNG is known by its checksums. A JPEG has none: it is decoded to an eighth of its size, for the complaints.
+
+    Raises:
+        ValueError: the image is cut off, damaged or of no known format.
+    """
+    header, complaint = read_header(data), ''
+    orientation = 1 if flag in _UNTURNED else header.orientation
+    if header.format == 'jpeg':
+        with _complaints() as said:
+            _decoded(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        complaint = ' '.join(said)
+    if header.format == 'other' or orientation != 1:
+        image = _decoded(mmcv.imfrombytes, data, flag=flag, backend=backend)
+        return image.shape[:2], orientation, complaint
+    return header.shape, orientation, complaint
+
+
+def _decoded(decode: Callable, *args, **kwargs) -> np.ndarray:
+    try:
+        image = decode(*args, **kwargs)
+    except Exception as error:  # decoders raise nearly anything on broken data
+        raise ValueError('it is damaged or no image') from error
+    if image is None:
+        raise ValueError('it is damaged or no image')
+    return image
+
+
+def init_checker() -> None:
+    """Start a worker. libjpeg tells of damaged data on stderr only, so that becomes a file for :func:`_complaints`."""
+    global _messages
+    _init_worker()
+    cv2.setNumThreads(0)
+    _messages = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the worker lives)
+    os.dup2(_messages.fileno(), 2)
+
+
+@contextlib.contextmanager
+def _complaints() -> Iterator[list[str]]:
+    """The lines that a decoder prints meanwhile, there at the end; in a worker only."""
+    lines: list[str] = []
+    before = os.lseek(2, 0, os.SEEK_END) if _messages else 0
+    yield lines
+    if _messages and os.lseek(2, 0, os.SEEK_END) > before:
+        _messages.seek(before)
+        lines += _messages.read().decode(errors='replace').splitlines()[:1]
+
+
+def _histogram(ids: np.ndarray) -> np.ndarray:
+    """Pixels (256,), int64, of each value; several times as fast as ``np.bincount``."""
+    flat = ids.ravel()
+    # OpenCV counts in float32, exact up to 2^24.
+    parts = [flat[i : i + 2**24] for i in range(0, len(flat), 2**24)]
+    return sum(cv2.calcHist([part], [0], None, [256], [0, 256]).ravel().astype(np.int64) for part in parts)
+
+
+def faults_of_all(source: Source, results: Sequence[PairResult]) -> list[Finding]:
+    """Faults that one file does not show: every label ignored, or nothing but 0 and 255."""
+    read = [result for result in results if result.values is not None]
+    rules, values = source.rules, sum(result.values for result in read)
+    if not read:
+        return []
+    label, where = read[0].pair[1], source.label_dir or 'this data set'
+    table = label_table(rules.reduce_zero_label, rules.label_map)
+    if not values[table != rules.ignore_index].any():
+        problem = f'every pixel of this label and of all others in {where} is ignored'
+        cause = 'reduce_zero_label=True ignores 0' if rules.reduce_zero_label else 'write class ids from 0'
+        return [Finding(rules.split, 'no labelled pixel', label, problem, f'{cause}: check labels and config')]
+    if (rules.classes or 0) > 1 and rules.ignore_index == 255 and set(np.flatnonzero(values)) == {0, 255}:
+        problem = f'this label and all others in {where} hold nothing but 0 and 255, and 255 is ignored'
+        return [Finding(rules.split, 'mask', label, problem, 'write 0 for background and 1 for the object')]
+    return []
+
+
+def shifted_labels(source: Source, results: Sequence[PairResult]) -> list[Finding]:
+    """A fault where all classes but the last occur beside zeros that ``reduce_zero_label`` takes for unlabelled."""
+    rules, values = source.rules, sum(result.values for result in results if result.values is not None)
+    if not rules.reduce_zero_label or rules.classes is None or rules.label_map or isinstance(values, int):
+        return []
+    if values[rules.classes] or not values[: rules.classes].all():
+        return []
+    label = next(result.pair[1] for result in results if result.values is not None and result.values[0])
+    problem = f'the labels hold 0 to {rules.classes - 1}, and reduce_zero_label=True ignores 0 and lowers the others'
+    return [Finding(rules.split, 'reduce_zero_label', label, problem, 'set reduce_zero_label=False if 0 is a class')]

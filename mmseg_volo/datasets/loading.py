@@ -1,0 +1,66 @@
+"""Loading of images and labels that names the file when something is wrong with it."""
+
+import cv2
+from mmcv.transforms import LoadImageFromFile
+from mmengine import fileio
+from mmseg.datasets.transforms import LoadAnnotations
+from mmseg.registry import TRANSFORMS
+
+from ..errors import DataError
+from .checks.labels import LabelError, decode_label, label_table
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedAnnotations(LoadAnnotations):
+    """mmseg's ``LoadAnnotations``, same arguments and same labels, which refuses what mmseg takes silently.
+
+    It raises DataError with the label's path where the file cannot be read, is no map of class ids (several channels,
+    values above 255) or has another size than the image. Without ``seg_map_path`` in the results it does nothing, so
+    that ``inference_model`` and ``MMSegInferencer`` can run the pipelines that contain it.
+    """
+
+    def transform(self, results: dict) -> dict:
+        """Add ``gt_seg_map`` (H, W), uint8, and append it to ``seg_fields``."""
+        return super().transform(results) if 'seg_map_path' in results else results
+
+    def _load_seg_map(self, results: dict) -> None:
+        path = results['seg_map_path']
+        try:
+            label = decode_label(fileio.get(path, backend_args=self.backend_args), backend=self.imdecode_backend)
+        except LabelError as error:
+            raise DataError(f'{path}: {error}') from error
+        except OSError as error:
+            raise DataError(f'{path}: the label cannot be read ({error.strerror or error}); restore it') from error
+        size = results.get('ori_shape', label.shape)
+        if label.shape != tuple(size):
+            raise DataError(
+                f'{path}: the label is {label.shape[1]} x {label.shape[0]} pixels and its image '
+                f'{size[1]} x {size[0]}; make both the same size'
+            )
+        if self.reduce_zero_label is None:
+            self.reduce_zero_label = results['reduce_zero_label']
+        if self.reduce_zero_label != results['reduce_zero_label']:
+            raise DataError(
+                f'{path}: reduce_zero_label is {self.reduce_zero_label} in LoadCheckedAnnotations and '
+                f'{results["reduce_zero_label"]} in the data set; set it in the data set only'
+            )
+        table = label_table(self.reduce_zero_label, results.get('label_map'))
+        results['gt_seg_map'] = cv2.LUT(label, table)
+        results['seg_fields'].append('gt_seg_map')
+
+
+@TRANSFORMS.register_module()
+class LoadCheckedImage(LoadImageFromFile):
+    """mmcv's ``LoadImageFromFile``, same arguments, whose errors are DataErrors with the image's path.
+
+    For training pipelines: ``MMSegInferencer`` looks for ``LoadImageFromFile`` by name in the test pipeline.
+    """
+
+    def transform(self, results: dict) -> dict | None:
+        """Add ``img`` (H, W, 3), ``img_shape`` and ``ori_shape``."""
+        try:
+            return super().transform(results)
+        except Exception as error:  # decoders raise nearly anything on broken data
+            path = results['img_path']
+            reason = 'cut off or damaged' if isinstance(error, AssertionError | cv2.error) else error
+            raise DataError(f'{path}: the image cannot be read ({reason}); restore or remove the file') from error

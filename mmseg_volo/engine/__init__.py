@@ -1,0 +1,1 @@
+"""Training: runner, loop, checkpoints, optimizer, several processes."""

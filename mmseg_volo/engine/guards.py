@@ -1,0 +1,252 @@
+"""Hooks that stop or skip what would spoil a run: wrong labels, steps that are not finite, foreign checkpoints."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from mmengine.dist import is_distributed
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import Runner
+from mmseg.registry import HOOKS
+from mmseg.structures import SegDataSample
+from torch import Tensor, nn
+
+from ..checkpoints.compatibility import allows_mismatch, check_classes, check_weights, source_of
+from ..datasets.checks.labels import likely_cause
+from ..errors import DataError, TrainingDiverged
+from .optim import should_update, wrappers_of
+
+
+@HOOKS.register_module()
+class MatchingCheckpointHook(Hook):
+    """For tests: refuses a checkpoint of another model, whatever its type, or of classes with other names.
+
+    ``model.test_cfg.allow_mismatch=True`` turns it off.
+    """
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Check what was read, before it goes into the model.
+
+        Raises:
+            CheckpointError: see :func:`check_weights` and :func:`check_classes`.
+        """
+        model = runner.model
+        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        check_weights(model, checkpoint['state_dict'], source_of(checkpoint['state_dict']))
+        if not allows_mismatch(model):
+            check_classes(checkpoint, getattr(runner.test_dataloader.dataset, 'metainfo', {}).get('classes'))
+
+
+@HOOKS.register_module()
+class NonFiniteGuardHook(Hook):
+    """Skips the steps of the optimizer whose loss or gradient is not finite.
+
+    The weights, the optimizer's state and the running statistics of the norms stay as they were before that batch; the
+    learning rate goes on. All processes skip together. Steps that a loss scaler skips by itself count, too.
+
+    Args:
+        max_in_row: after so many of them without one that is finite, training ends with :class:`TrainingDiverged`.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, max_in_row: int = 25):
+        if max_in_row < 1:
+            raise ValueError(f'max_in_row must be 1 or more, got {max_in_row}')
+        self.max_in_row = max_in_row
+        self.in_row = self.total = 0
+        self._loss: Tensor | None = None
+        self._hooks: list = []
+
+    def before_train(self, runner: Runner) -> None:
+        """Listen to the model's losses and the optimizer's steps."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        optimizers = [one.optimizer for one in wrappers_of(runner.optim_wrapper)]
+        self.in_row, self.total = runner.message_hub.runtime_info.get('skipped_steps', (0, 0))
+        self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._hooks = [model.register_forward_hook(self._after_forward)]
+        self._hooks += [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        """Keep the running statistics, which a forward pass changes before anyone sees its loss."""
+        self._loss, self._asked, self._skipped = None, False, False
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            kept.copy_(buffer)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Count; raises TrainingDiverged after too many in a row."""
+        if not self._skipped and not self._asked and should_update(runner.optim_wrapper):
+            self._skipped = True  # by a loss scaler, which found it before the optimizer was asked
+            if self._loss is not None and not torch.isfinite(self._loss):
+                self._restore()
+        if self._skipped:
+            self._count(runner, data_batch)
+        elif self._asked and self.in_row:
+            self.in_row = 0
+            runner.message_hub.update_info('skipped_steps', (self.in_row, self.total))
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave model and optimizer as they were."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _count(self, runner: Runner, data_batch) -> None:
+        self.in_row, self.total = self.in_row + 1, self.total + 1
+        runner.message_hub.update_info('skipped_steps', (self.in_row, self.total))
+        samples = data_batch.get('data_samples', []) if isinstance(data_batch, dict) else []
+        files = ', '.join(str(getattr(sample, 'img_path', '?')) for sample in samples) or 'unknown'
+        loss = 'unknown' if self._loss is None else f'{float(self._loss):g}'
+        what = (
+            f'iteration {runner.iter + 1}: loss or gradient not finite (loss of this process: {loss}), step skipped, '
+            f'{self.in_row} in a row, {self.total} in all; pictures: {files}'
+        )
+        if self.in_row < self.max_in_row:
+            runner.logger.warning(what)
+            return
+        last = runner.message_hub.runtime_info.get('last_ckpt') or 'none yet'
+        raise TrainingDiverged(
+            f'{what}. Training ends here. Last good checkpoint: {last}. Lower the learning rate, set '
+            'optim_wrapper.clip_grad=dict(max_norm=1.0), or train in bfloat16 or float32 where it was float16; look at '
+            'the pictures if it is always the same ones.'
+        )
+
+    def _after_forward(self, model, inputs, outputs) -> None:
+        if isinstance(outputs, dict):  # losses; predictions are no dict
+            parts = [
+                part.detach().float().sum()
+                for name, value in outputs.items()
+                if 'loss' in name
+                for part in (value if isinstance(value, (list, tuple)) else [value])
+            ]
+            if parts:
+                loss = torch.stack(parts).sum()
+                self._loss = loss if self._loss is None else self._loss + loss
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+        self._asked = True
+        parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+        if not parameters:
+            return
+        grads = [p.grad.to_local() if hasattr(p.grad, 'to_local') else p.grad for p in parameters]
+        total = torch.nn.utils.get_total_norm([grad for grad in grads if grad.numel()])
+        if self._loss is not None:
+            total = total + self._loss.to(total.device)
+        finite = torch.isfinite(total).int()
+        if is_distributed():
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        if not finite:
+            # An optimizer leaves parameters without a gradient alone, decay and momentum included.
+            for parameter in parameters:
+                parameter.grad = None
+            self._skipped = True
+            self._restore()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for kept, buffer in zip(self._kept, self._buffers, strict=True):
+            buffer.copy_(kept)
+
+
+@HOOKS.register_module()
+class LabelGuardHook(Hook):
+    """Raise DataError before a batch whose labels the model cannot learn from or be measured with.
+
+    In training such a label ends in a bare "target is out of bounds" or a GPU assert, in validation in a wrong mIoU.
+    Takes about 0.3 ms per megapixel of labels.
+
+    Args:
+        max_unlabelled: training batches in a row without one labelled pixel after which the run stops. Their loss is
+            0 and their accuracy 100 %, which looks like success.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, max_unlabelled: int = 100):
+        self.max_unlabelled = max_unlabelled
+        self._unlabelled = 0
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """Check a training batch, and count those without labelled pixels."""
+        found = list(self._check(runner, data_batch))
+        if not found:
+            return
+        self._unlabelled = 0 if any(labelled for _, labelled in found) else self._unlabelled + 1
+        if self._unlabelled >= self.max_unlabelled:
+            raise DataError(
+                f'{_path(found[-1][0])}: the labels of {self._unlabelled} training batches in a row, of which this is '
+                'the last, hold no labelled pixel; check the labels and reduce_zero_label with tools/check_data.py'
+            )
+
+    def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """Check a validation batch."""
+        for _ in self._check(runner, data_batch):
+            pass
+
+    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
+        """Check a test batch."""
+        self.before_val_iter(runner, batch_idx, data_batch)
+
+    @staticmethod
+    def _check(runner: Runner, data_batch: dict | None) -> Iterator[tuple[SegDataSample, bool]]:
+        """Each sample that has a label, with whether it has labelled pixels; raises at one that does not fit."""
+        head = _head(runner.model)
+        classes, ignore = getattr(head, 'num_classes', None), getattr(head, 'ignore_index', 255)
+        if classes is None or not isinstance(data_batch, dict):
+            return
+        seen = set()
+        for sample in _flat(data_batch.get('data_samples') or []):
+            # The views of test-time augmentation carry one label ten times.
+            if 'gt_sem_seg' not in sample or (path := sample.get('seg_map_path')) in seen:
+                continue
+            seen.update({path} - {None})
+            label = sample.gt_sem_seg.data.cpu().numpy()
+            low, high = int(label.min(initial=ignore)), int(label.max(initial=ignore))
+            if low < 0 or (high >= classes and _highest(label, high, ignore) >= classes):
+                _refuse(sample, label, classes, ignore)
+            yield sample, not low == high == ignore
+
+
+def _highest(label: np.ndarray, high: int, ignore: int) -> int:
+    """The highest value besides ``ignore``, given the highest of all."""
+    if high == ignore == 255:
+        # 255 wraps to 0 and the others grow by 1: two passes over single bytes instead of a mask over int64.
+        return int((label.astype(np.uint8) + np.uint8(1)).max()) - 1
+    return high if high != ignore else int(np.max(label, initial=-1, where=label != ignore))
+
+
+def _refuse(sample: SegDataSample, label: np.ndarray, classes: int, ignore: int) -> None:
+    values, counts = np.unique(label, return_counts=True)
+    wrong = ((values < 0) | (values >= classes)) & (values != ignore)
+    if not wrong.any():  # a negative ignore_index
+        return
+    reduced = bool(sample.get('reduce_zero_label'))
+    pixels = ', '.join(f'{v} ({n} pixels)' for v, n in zip(values[wrong][:5], counts[wrong][:5], strict=True))
+    after = ' after reduce_zero_label' if reduced else ''
+    raise DataError(
+        f"{_path(sample)}: label value {pixels}{after} is none of the model's {classes} classes (0 to {classes - 1}, "
+        f'{ignore} is ignored); {likely_cause(values[wrong].tolist(), classes, reduced)}'
+    )
+
+
+def _path(sample: SegDataSample) -> str:
+    return sample.get('seg_map_path') or sample.get('img_path') or 'a label without a path'
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The head that decides, below wrappers for several processes and for test-time augmentation."""
+    while not hasattr(model, 'decode_head') and hasattr(model, 'module'):
+        model = model.module
+    head = getattr(model, 'decode_head', None)
+    return head[-1] if isinstance(head, nn.ModuleList) else head
+
+
+def _flat(samples: Iterable) -> Iterator[SegDataSample]:
+    for sample in samples:
+        if isinstance(sample, list | tuple):
+            yield from _flat(sample)
+        else:
+            yield sample

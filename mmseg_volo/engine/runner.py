@@ -1,0 +1,257 @@
+"""Runner for any device, which resumes after an interruption."""
+
+import atexit
+import importlib.util
+import mmap
+import multiprocessing
+import os
+import re
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_main_process
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.hooks import CheckpointHook
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.runner import Runner
+from mmseg.registry import DATASETS, RUNNERS
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..checkpoints.writing import save
+from ..datasets.checks.check import check_not_empty, quick_check
+from ..errors import CheckpointError, ConfigError, ProcessLost, TrainingStopped
+from .checkpoint_hook import AtomicCheckpointHook, collect
+from .distributed import init_gloo, watch_over
+from .loop import SeededDataset, seed_everything
+from .resume import check_resumable, newest_checkpoint
+from .sharding import VOLOFullyShardedDataParallel, share_optimizer_state, whole_parameters
+
+
+@RUNNERS.register_module()
+class VOLORunner(Runner):
+    """mmengine's Runner, which also runs several processes without a GPU, and resumes what was interrupted.
+
+    Without a GPU it starts the processes on gloo and wraps the model without device ids, where mmengine asks for CUDA;
+    SyncBN, which works on CUDA only, becomes BN, its running statistics taken from the first process.
+
+    ``resume=True`` goes on from the newest whole checkpoint of the work dir, which may have been moved: what is broken
+    is passed over with a warning. Then no pretrained backbone is read, since the checkpoint replaces it.
+    """
+
+    def train(self) -> nn.Module:
+        """As in mmengine.
+
+        Raises:
+            ProcessLost: a worker or another process of the run was killed, in every process within a minute; the
+                seconds of silence that count as death are the config's ``watch_patience``, 40 where it has none.
+            DataError: the quick part of ``tools/check_data.py`` found a fault.
+            SaveError, TrainingDiverged, TrainingStopped: see :mod:`mmseg_volo.engine.checkpoint_hook`.
+        """
+        watch = watch_over(self.cfg.get('watch_patience', 40))
+        try:
+            for loader in (self._train_dataloader, self._val_dataloader):
+                if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
+                    quick_check(loader['dataset'])
+            self._find_resume_point()
+            return super().train()
+        except TrainingStopped:
+            raise
+        except Exception as error:
+            lost = _worker_lost(error)
+            if watch:
+                lost = watch.report(lost or error) or lost
+            if lost:
+                raise lost from error
+            raise
+        finally:
+            if watch:
+                watch.close()
+            for hook in self.hooks:
+                if isinstance(hook, AtomicCheckpointHook):
+                    hook.release()
+
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
+        """As in mmengine, with augmentation by the seeds of a :class:`~mmseg_volo.engine.loop.ResumableSampler`."""
+        if isinstance(dataloader, dict) and isinstance(dataloader.get('dataset'), dict):
+            check_not_empty(dataloader['dataset'])
+            dataset = DATASETS.build(dataloader['dataset'])
+            if hasattr(dataset, 'full_init'):
+                dataset.full_init()
+            dataloader = dict(dataloader, dataset=SeededDataset(dataset))
+            if dataloader.get('num_workers') and 'worker_init_fn' not in dataloader:
+                dataloader['worker_init_fn'] = dict(type=_init_worker, seed=seed, rank=get_rank())
+                dataloader.pop('disable_subprocess_warning', None)  # of the function that this one replaces
+        return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict | None = None,
+        by_epoch: bool = True,
+        backend_args: dict | None = None,
+    ) -> None:
+        """As in mmengine, whole or not at all (:mod:`mmseg_volo.checkpoints.writing`) where ``out_dir`` is a folder.
+
+        The first process saves; where the weights are shards, all must call this.
+
+        Raises:
+            SaveError: it could not be written; what stood there is as it was.
+        """
+        if file_client_args or not isinstance(get_file_backend(out_dir, backend_args=backend_args), LocalBackend):
+            super().save_checkpoint(
+                out_dir, filename, file_client_args, save_optimizer, save_param_scheduler, meta, by_epoch, backend_args
+            )
+            return
+        meta = {} if meta is None else meta
+        meta.setdefault('epoch', self.epoch + by_epoch)
+        meta.setdefault('iter', self.iter + (not by_epoch))
+        checkpoint = collect(self, meta, save_optimizer, save_param_scheduler)
+        if checkpoint is not None:
+            save(checkpoint, Path(out_dir, filename))
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: str | Callable = 'cpu',
+    ) -> None:
+        """As in mmengine, but read to the CPU: a GPU has no room for everything twice."""
+        super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        map_location: str | Callable = 'cpu',
+        strict: bool = False,
+        revise_keys: Sequence[tuple[str, str]] = ((r'^module.', ''),),
+    ) -> dict:
+        """As in mmengine; to resume from, the file must hold the state of a training run, not weights alone."""
+        with whole_parameters(self.model):
+            checkpoint = super().load_checkpoint(filename, map_location, strict, list(revise_keys))
+        if self._resume:
+            check_resumable(checkpoint, Path(filename))
+            before = checkpoint['meta'].get('world_size', self.world_size)
+            if before != self.world_size:
+                self.logger.warning(
+                    f'RESUME: saved by {before} processes, going on with {self.world_size}: other pictures from here on'
+                )
+            if isinstance(self.model, VOLOFullyShardedDataParallel):
+                checkpoint['optimizer'] = share_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
+        return checkpoint
+
+    def _find_resume_point(self) -> None:
+        if not self._resume or (self._load_from is not None and not self.cfg.get('auto_resume')):
+            return
+        # The first process decides for all, since another's view of a shared folder may be older.
+        found = [None, None]
+        if is_main_process():
+            try:
+                found[0] = newest_checkpoint(self._checkpoint_folders(), self.logger)
+            except CheckpointError as error:
+                found[1] = str(error)
+        broadcast_object_list(found)
+        if found[1]:
+            raise CheckpointError(found[1])
+        if found[0]:
+            self._load_from = found[0]
+        else:
+            self._resume = False
+            self.logger.warning(
+                f'RESUME: no checkpoint in {" or ".join(map(str, self._checkpoint_folders()))}: TRAINING STARTS FROM '
+                'ITERATION 0. To go on from elsewhere give --resume FILE, or the --work-dir of the run.'
+            )
+
+    def _checkpoint_folders(self) -> list[Path]:
+        out_dirs = [hook.out_dir for hook in self.hooks if isinstance(hook, CheckpointHook) and hook.out_dir]
+        return [Path(self.work_dir), *(Path(folder, Path(self.work_dir).name) for folder in out_dirs)]
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """As in mmengine; on a CPU the process group is there before mmengine would make it on CUDA."""
+        if self.distributed and not is_distributed() and get_device() == 'cpu':
+            init_gloo(self.launcher)
+        super().setup_env(env_cfg)
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """As in mmengine, with plain data parallelism for a model on the CPU."""
+        if not self.distributed or get_device() != 'cpu' or is_model_wrapper(model) or model_wrapper_cfg is not None:
+            return super().wrap_model(model_wrapper_cfg, model)
+        return MMDistributedDataParallel(
+            module=revert_sync_batchnorm(model),
+            broadcast_buffers=True,
+            find_unused_parameters=self.cfg.get('find_unused_parameters', False),
+        )
+
+    def _init_model_weights(self) -> None:
+        if not self._resume:
+            with whole_parameters(self.model):
+                super()._init_model_weights()
+
+
+# Set when this process ends; forked workers share it.
+_ENDING = mmap.mmap(-1, 1)
+atexit.register(_ENDING.write_byte, 1)
+
+
+def _init_worker(worker_id: int, seed: int | None, rank: int) -> None:
+    """For a data loader's worker: signals to all processes (Ctrl-C, Slurm) are for the trainer, who ends its workers.
+
+    Without this they would die of them while the trainer still waits for the batch that it wants to finish.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.get_start_method() == 'fork':
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if _ENDING[0] else None)
+    if seed is not None:
+        seed_everything(seed, rank, worker_id)
+
+
+def _worker_lost(error: Exception) -> ProcessLost | None:
+    """PyTorch's error about a dead worker of a data loader, in words that say what to do."""
+    if not isinstance(error, RuntimeError) or not re.search(r'DataLoader worker .*(killed|exited)', str(error)):
+        return None
+    return ProcessLost(
+        f'{str(error).splitlines()[0]} Out of memory is the usual reason: set train_dataloader.num_workers (and '
+        'val_dataloader.num_workers) lower, then go on with --resume'
+    )
+
+
+# What the visualizer's backends need, which mmengine asks for only when it first writes to one.
+_BACKENDS = {
+    'TensorboardVisBackend': 'tensorboard',
+    'WandbVisBackend': 'wandb',
+    'MLflowVisBackend': 'mlflow',
+    'ClearMLVisBackend': 'clearml',
+    'NeptuneVisBackend': 'neptune',
+    'DVCLiveVisBackend': 'dvclive',
+    'AimVisBackend': 'aim',
+}
+
+
+def check_vis_backends(config: Config) -> None:
+    """Raise ConfigError where the visualizer writes to something that is not installed."""
+    visualizer = config.get('visualizer') or {}
+    for backend in visualizer.get('vis_backends') or []:
+        package = _BACKENDS.get(backend.get('type')) if isinstance(backend, dict) else None
+        if package and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f'visualizer.vis_backends has {backend["type"]}, but {package} is not installed: pip install {package}'
+            )
+
+
+def build_runner(config: Config) -> Runner:
+    """The runner that the config asks for, mmengine's own where it does not say.
+
+    Raises:
+        ConfigError: see :func:`check_vis_backends`.
+    """
+    check_vis_backends(config)
+    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

@@ -1,0 +1,126 @@
+"""``init_model`` as in mmseg, which runs on what there is and knows the classes of the config's data set."""
+
+import copy
+from collections.abc import Mapping
+from os import PathLike
+
+import mmseg.apis
+import numpy as np
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.registry import init_default_scope
+from mmengine.runner import load_checkpoint
+from mmseg.registry import DATASETS
+from torch import nn
+
+from ..checkpoints.compatibility import (
+    allows_mismatch,
+    check_class_names,
+    check_classes,
+    check_weights,
+    dataset_meta_of,
+    source_of,
+)
+from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
+from ..utils.devices import check_device
+
+
+def init_model(
+    config: str | PathLike | Config,
+    checkpoint: str | PathLike | None = None,
+    device: str | None = None,
+    cfg_options: dict | None = None,
+) -> nn.Module:
+    """Build a config's model and load a checkpoint into it: mmseg's :func:`~mmseg.apis.init_model`, with differences.
+
+    ``device`` is by default what there is, not ``'cuda:0'``; a ``config`` object is not changed; weights without
+    ``meta`` are taken, and names and colours of the classes then come from the config's data set. A checkpoint of
+    another model, or of classes with other names, is refused unless ``model.test_cfg.allow_mismatch`` is true.
+
+    Args:
+        config: config file or object.
+        checkpoint: path or URL; without one the weights are random. An ``.onnx`` file of ``tools/export.py`` stands for
+            the whole network.
+        device: 'cpu', 'cuda', 'cuda:1', ...
+        cfg_options: overrides of the config, as ``dict(model=dict(test_cfg=dict(allow_mismatch=True)))``.
+
+    Returns:
+        The model in eval mode, with ``cfg`` and ``dataset_meta`` (``classes`` and ``palette``, RGB), as
+        :func:`mmseg.apis.inference_model` and :func:`mmseg.apis.show_result_pyplot` want it.
+
+    Raises:
+        CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading` and
+            :mod:`mmseg_volo.checkpoints.compatibility`.
+        ConfigError: there is no such GPU.
+    """
+    device = device or get_device()
+    check_device(device)
+    config = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
+    if cfg_options:
+        config.merge_from_dict(cfg_options)
+    if is_onnx(checkpoint):
+        config, checkpoint = exported_config(config, checkpoint, device), None
+    model = mmseg.apis.init_model(config, device='cpu')
+    init_default_scope(config.get('default_scope', 'mmseg'))
+    known = dataset_meta(config)
+    given = {}
+    if isinstance(model.backbone, OnnxNetwork):
+        given = model.backbone.about
+    if checkpoint is not None:
+        content = load_checkpoint(model, str(checkpoint), map_location='cpu')
+        # Models of this package have checked it on loading; to others it is new.
+        check_weights(model, content['state_dict'], source_of(content['state_dict']))
+        if not allows_mismatch(model):
+            check_classes(content, known.get('classes'))
+        given = dataset_meta_of(content)
+    model.dataset_meta = _complete(given, known, model.decode_head.num_classes)
+    return model.to(device).eval()
+
+
+def exported_config(config: Config, path: str, device: str, allow_mismatch: bool = False) -> Config:
+    """A config with an exported file in the place of its model's network, after comparing their classes.
+
+    Args:
+        config: it is not changed.
+        path: an ``.onnx`` file of ``tools/export.py``.
+        device: where it runs.
+        allow_mismatch: take other classes than the data set's; as ``model.test_cfg.allow_mismatch``.
+
+    Raises:
+        CheckpointError: the names of the classes differ.
+        CheckpointError, ConfigError, FileNotFoundError: see :func:`~mmseg_volo.models.onnx.with_onnx`.
+    """
+    config, about = with_onnx(config, path, device)
+    known = dataset_meta(config).get('classes')
+    if known and not allow_mismatch and not (config.model.test_cfg or {}).get('allow_mismatch'):
+        check_class_names(about['classes'], known, path)
+    return config
+
+
+def dataset_meta(config: Config) -> dict:
+    """Names and colours of the classes of the data set that a config tests on: ``classes`` and ``palette``, if any."""
+    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    while 'type' in dataset and ('dataset' in dataset or 'datasets' in dataset):  # wrappers
+        dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
+    kind = dataset.get('type')
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    own = dict(getattr(kind, 'METAINFO', {}))
+    asked = dataset.get('metainfo')
+    asked = {k: v for k, v in (asked or {}).items() if not isinstance(v, str)}  # text names a file of them
+    meta = {**own, **asked}
+    if 'classes' in asked and 'palette' not in asked:  # a part of the data set's own classes
+        colours = dict(zip(own.get('classes', ()), own.get('palette', ()), strict=False))
+        meta['palette'] = [colours[name] for name in asked['classes'] if name in colours]
+    return {name: list(meta[name]) for name in ('classes', 'palette') if meta.get(name)}
+
+
+def _complete(given: Mapping, known: Mapping, count: int) -> dict:
+    """The checkpoint's classes, or the data set's where they are as many as the model's, or numbers; with colours."""
+    classes = given.get('classes')
+    if not classes:
+        classes = known['classes'] if len(known.get('classes', ())) == count else [str(i) for i in range(count)]
+    palettes = [given.get('palette'), known.get('palette')]
+    palette = next((p for p in palettes if p is not None and len(p) == len(classes)), None)
+    if palette is None:  # as mmseg draws them
+        palette = np.random.RandomState(42).randint(0, 255, (len(classes), 3)).tolist()
+    return dict(classes=classes, palette=palette)

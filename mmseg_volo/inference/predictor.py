@@ -1,0 +1,159 @@
+"""Predict class maps of images with mmseg's own model, pipeline and test-time augmentation."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.device import get_device
+from mmseg.registry import MODELS
+from torch import nn
+
+from ..models.onnx import is_onnx
+from ..models.windows import WindowNetwork
+from .images import as_bgr
+from .model import exported_config, init_model
+from .options import check_tta, set_inference_options
+
+
+class Prediction(NamedTuple):
+    """Class ids (H, W), int64, and where it was asked for the probability (H, W), float32, of the class chosen."""
+
+    classes: np.ndarray
+    confidence: np.ndarray | None
+
+
+class Predictor:
+    """A trained segmentor that turns pictures into class maps.
+
+    Args:
+        config: config file or object; it is not changed.
+        checkpoint: its checkpoint, or an ``.onnx`` file of ``tools/export.py``, which has settled ``precision``,
+            ``compile``, ``channels_last`` and ``cuda_graph``.
+        device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
+        aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
+        options: precision, compile, channels_last, window_batch, confidence, cuda_graph, allow_mismatch: see
+            :class:`~mmseg_volo.models.segmentors.StreamingEncoderDecoder`.
+
+    Attributes:
+        classes, palette: names and RGB colours, as the checkpoint holds them, else the config's data set.
+
+    Raises:
+        CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading`.
+        ConfigError: options or ``aug_test`` on a config without them.
+    """
+
+    def __init__(
+        self,
+        config: str | Config,
+        checkpoint: str,
+        device: str | None = None,
+        aug_test: bool = False,
+        **options: str | bool | int | None,
+    ):
+        config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
+        if is_onnx(checkpoint):
+            allowed = bool(options.get('allow_mismatch'))
+            config, checkpoint = exported_config(config, checkpoint, device or get_device(), allowed), None
+        self._config = copy.deepcopy(config)
+        set_inference_options(config, aug_test, **options)
+        self._segmentor = init_model(config, checkpoint, device)
+        self.classes = self._segmentor.dataset_meta['classes']
+        self.palette = self._segmentor.dataset_meta['palette']
+        convolutions = (m for m in self._segmentor.backbone.modules() if isinstance(m, nn.Conv2d))
+        self._takes_colour = next((m.in_channels for m in convolutions), 3) == 3
+        self._use(config, aug_test)
+
+    def _use(self, config: Config, aug_test: bool) -> None:
+        self.model, self._test_cfg = self._segmentor, config.model.get('test_cfg')
+        if aug_test:
+            check_tta(config)
+            self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
+        pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
+        self.pipeline = Compose(_for_arrays(pipeline))
+
+    def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':
+        """A predictor with the weights of this one, held in memory once, and other options.
+
+        Not for use in one moment with this one, from another thread.
+
+        Args:
+            aug_test, options: as for the class, without ``allow_mismatch``.
+
+        Raises:
+            ConfigError: as for the class.
+        """
+        config = copy.deepcopy(self._config)
+        set_inference_options(config, aug_test, **options)
+        other = copy.copy(self)
+        other._use(config, aug_test)
+        return other
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Class ids (H, W), int64, of one picture as :meth:`prepare` takes it."""
+        return self.predict(self.prepare(image)).classes
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """What the test pipeline makes of one picture: the input of :meth:`predict`.
+
+        Args:
+            image: BGR (H, W, 3), uint8, or what :func:`as_bgr` makes this of. Whether an array is RGB cannot be told.
+
+        Raises:
+            ValueError: no such picture, or too small for the pipeline.
+        """
+        if self._takes_colour:
+            image = as_bgr(image)
+        try:
+            return pseudo_collate([self.pipeline(dict(img=image))])
+        except cv2.error as error:
+            height, width = image.shape[:2]
+            raise ValueError(
+                f'the test pipeline cannot resize {width} x {height} pixels (a side may shrink to nothing): {error.err}'
+            ) from error
+
+    @torch.no_grad()
+    def predict(self, data: dict, progress: Callable[[int, int], None] | None = None) -> Prediction:
+        """Run the model on what :meth:`prepare` gave.
+
+        Args:
+            data: of one picture.
+            progress: is called with the windows done and their number after each batch of them, by models of this
+                package; what it raises ends the prediction.
+        """
+        self._segmentor.test_cfg = self._test_cfg
+        network = getattr(self.model, 'network', None)
+        if isinstance(network, WindowNetwork):
+            network.progress = progress
+        sample = self.model.test_step(data)[0]
+        confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
+        return Prediction(_fetched(sample.pred_sem_seg.data[0], self._segmentor.out_channels), confidence)
+
+
+def _fetched(classes: torch.Tensor, number: int) -> np.ndarray:
+    """Class ids below ``number``; from a GPU they come in 8 bits where these are enough, an eighth of int64."""
+    if classes.is_cuda and classes.dtype == torch.int64 and number <= 256:
+        return classes.to(torch.uint8).cpu().numpy().astype(np.int64)
+    return classes.cpu().numpy()
+
+
+def _for_arrays(pipeline: Sequence) -> list:
+    """A test pipeline without labels that takes the picture as an array, nested transforms included."""
+    out = []
+    for step in pipeline:
+        if not isinstance(step, dict):
+            nested = _for_arrays(step)
+            if nested:
+                out.append(nested)
+        elif step['type'] == 'LoadImageFromFile':
+            out.append(dict(type='LoadImageFromNDArray'))
+        elif step['type'] == 'TestTimeAug':
+            out.append(dict(step, transforms=_for_arrays(step['transforms'])))
+        elif step['type'] not in ('LoadAnnotations', 'LoadCheckedAnnotations'):
+            out.append(dict(step))
+    return out

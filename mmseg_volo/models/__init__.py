@@ -1,0 +1,1 @@
+"""Networks: the VOLO backbone, heads and losses, segmentors, streaming prediction."""

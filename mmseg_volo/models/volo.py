@@ -1,0 +1,445 @@
+"""VOLO backbone for MMSegmentation, in one file.
+
+Paper: VOLO: Vision Outlooker for Visual Recognition (arXiv:2106.13112). Parameter names are those of sail-sg/volo.
+Differs from the official code: no class token, classification head or token mixing; inputs of any size (padded inside,
+``pos_embed`` follows); outlook attention goes through :mod:`mmseg_volo.ops`. As there, the Outlooker stage has no
+stochastic depth.
+
+Shapes: B batch, H x W grid, C channels, M heads, D = C/M, k window, K = k*k, h x w window grid after the stride.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmseg.registry import MODELS
+from torch import nn
+from torch.nn.init import trunc_normal_
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils.checkpoint import checkpoint
+
+from ..checkpoints.pretrained import load_backbone
+from ..ops import outlook_attention
+from ..ops.linear import LayerNorm, Linear
+
+# Table 2 of the paper; `heads`, `mlp_ratios` and `stem_width` from sail-sg/volo models/volo.py.
+ARCHS = {
+    'd1': dict(depths=(4, 4, 8, 2), dims=(192, 384, 384, 384), heads=(6, 12, 12, 12), mlp_ratios=3, stem_width=64),
+    'd2': dict(depths=(6, 4, 10, 4), dims=(256, 512, 512, 512), heads=(8, 16, 16, 16), mlp_ratios=3, stem_width=64),
+    'd3': dict(depths=(8, 8, 16, 4), dims=(256, 512, 512, 512), heads=(8, 16, 16, 16), mlp_ratios=3, stem_width=64),
+    'd4': dict(depths=(8, 8, 16, 4), dims=(384, 768, 768, 768), heads=(12, 16, 16, 16), mlp_ratios=3, stem_width=64),
+    'd5': dict(depths=(12, 12, 20, 4), dims=(384, 768, 768, 768), heads=(12, 16, 16, 16), mlp_ratios=4, stem_width=128),
+}
+OUTLOOK = dict(kernel_size=3, stride=2, padding=1)
+PATCH = 8  # pixels per token in the Outlooker stage
+STRIDE = 16  # pixels per token in the transformer stages
+_CACHED_GRIDS = 16  # resized position embeddings kept in eval mode: ten test views need at most ten
+
+
+class OutlookAttention(nn.Module):
+    """Outlook attention (section 3.1): each pooled token predicts the K x K weights that mix its k x k window.
+
+    Maps (B, H, W, C) to (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, heads: int, kernel_size: int, stride: int, padding: int):
+        super().__init__()
+        self.heads, self.kernel_size, self.stride, self.padding = heads, kernel_size, stride, padding
+        self.scale = (dim // heads) ** -0.5
+        self.impl = 'auto'
+        self.v = Linear(dim, dim, bias=False)
+        self.attn = Linear(dim, kernel_size**4 * heads)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        K = self.kernel_size**2
+        pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, self.stride, ceil_mode=True).permute(0, 2, 3, 1)
+        logits = self.attn(pooled).unflatten(-1, (self.heads, K, K))  # B, h, w, M, K, K
+        x = outlook_attention(
+            self.v(x),
+            logits,
+            scale=self.scale,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            impl=self.impl,
+        )
+        return self.proj(x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens of a (B, H, W, C) grid."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(dim, dim * 3, bias=False)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # B, M, H*W, D
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, on the last axis."""
+
+    def __init__(self, dim: int, ratio: float):
+        super().__init__()
+        self.fc1 = Linear(dim, int(dim * ratio))
+        self.fc2 = Linear(int(dim * ratio), dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: an attention module, then an MLP (equations 1-2). Maps (B, H, W, C) to the same."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, mlp_ratio)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Three convolutions and a 4 x 4 patch projection: (B, in_channels, H, W) to (B, H/8, W/8, dim)."""
+
+    def __init__(self, in_channels: int, width: int, dim: int, norm_cfg: dict):
+        super().__init__()
+        layers = []
+        for i in range(3):
+            conv = (
+                nn.Conv2d(width, width, 3, padding=1, bias=False)
+                if i
+                else nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+            )
+            layers += [conv, build_norm_layer(norm_cfg, width)[1], nn.ReLU(inplace=True)]
+        self.conv = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(width, dim, PATCH // 2, stride=PATCH // 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_tracing():  # ONNX knows no memory formats
+            # The stem is faster with channels last (1.4 times or more on a CPU), and tokens then need no copy.
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self._folded(x) if self._folds(x) else self.conv(x)
+        return self.proj(x).permute(0, 2, 3, 1).contiguous()
+
+    def _folds(self, x: torch.Tensor) -> bool:
+        """Whether the batch norms are made part of the convolutions, which oneDNN adds a bias in.
+
+        cuDNN does not: PyTorch adds the bias in a pass of its own, which takes as long as the batch norm.
+        """
+        plain = x.device.type == 'cpu' and not torch.is_grad_enabled()
+        if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        norms = self.conv[1::3]
+        return all(isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats for norm in norms)
+
+    def _folded(self, x: torch.Tensor) -> torch.Tensor:
+        for conv, norm, relu in zip(self.conv[::3], self.conv[1::3], self.conv[2::3], strict=True):
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            weight, bias = (t.detach() for t in fuse_conv_bn_weights(conv.weight, conv.bias, *statistics))
+            x = relu(F.conv2d(x, weight, bias, conv.stride, conv.padding))
+        return x
+
+
+class Downsample(nn.Module):
+    """2 x 2 convolution of stride 2 on (B, H, W, C)."""
+
+    def __init__(self, in_dim: int, dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_dim, dim, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+
+
+def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Resize a position embedding (1, h, w, C) to ``grid`` bicubically; returned as it is where the grid fits."""
+    if tuple(pos_embed.shape[1:3]) == tuple(grid):
+        return pos_embed
+    # Bicubic needs float32: half precision has no kernel on every device and would lose the pretrained digits.
+    resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), grid, mode='bicubic', align_corners=False)
+    return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """To be compiled once for all blocks."""
+    return block(x)
+
+
+def call_stem(stem: PatchEmbed, x: torch.Tensor) -> torch.Tensor:
+    """To be compiled: a function of its own, since PyTorch compiles one for a limited number of cases."""
+    return stem(x)
+
+
+@MODELS.register_module()
+class VOLO(BaseModule):
+    """VOLO backbone: an Outlooker stage at stride 8, then transformer stages at stride 16.
+
+    Takes (B, in_channels, H, W) with any H, W >= 32, padded with zeros at the right and the bottom to multiples of 16
+    inside. Returns a tuple of (B, C_i, H_i, W_i), one for each of ``out_indices``: H_i = ceil(H / 8) for index 0 and
+    ceil(H / 16) for the others.
+
+    Args:
+        arch: 'd1'...'d5', or a dict with ``depths``, ``dims``, ``heads`` (one number per stage), ``mlp_ratios`` (one
+            number, or one per stage) and ``stem_width``, as in :data:`ARCHS`.
+        in_channels: channels of the image.
+        img_size: side in pixels, or (height, width), of the images that ``pos_embed`` is made for; other sizes work
+            too, by resizing it in each forward.
+        out_indices: stages to return, ascending; stages past the last one are not built.
+        out_norm: apply a LayerNorm to each returned map. The last stage's is the pretrained ``norm``, the others
+            (``norm0``, ...) start from ones. False gives the raw stage outputs.
+        drop_path_rate: stochastic depth at the last block, growing linearly over all blocks; none in the Outlookers.
+        norm_cfg: the stem's batch norm. SyncBN needs a CUDA device: without one it becomes BN.
+        frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages; frozen parts stay in eval
+            mode. The downsample and ``pos_embed`` belong to the second stage.
+        norm_eval: keep the stem's batch norms in eval mode while training.
+        with_cp: activation checkpointing of each block, when gradients are recorded.
+        init_cfg: None for random weights, or ``dict(type='Pretrained', checkpoint=...)`` as
+            :func:`mmseg_volo.checkpoints.pretrained.load_backbone` reads it.
+
+    Raises:
+        ValueError: an unknown ``arch``, numbers that do not fit each other, or an input under 32 pixels.
+    """
+
+    arch_settings = ARCHS
+
+    def __init__(
+        self,
+        arch: str | dict = 'd1',
+        in_channels: int = 3,
+        img_size: int | tuple[int, int] = 224,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_norm: bool = True,
+        drop_path_rate: float = 0.0,
+        norm_cfg: dict | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | None = None,
+    ):
+        super().__init__(init_cfg)
+        self.arch = arch if isinstance(arch, str) else 'custom'
+        spec = _arch_numbers(arch)
+        depths, dims, heads, ratios = spec['depths'], spec['dims'], spec['heads'], spec['mlp_ratios']
+        self.out_indices = _checked_indices(out_indices, len(depths))
+        stages = self.out_indices[-1] + 1
+        if not -1 <= frozen_stages <= stages:
+            raise ValueError(f'frozen_stages must be between -1 and the {stages} stages built, got {frozen_stages}')
+        self.dims, self.out_norm = dims, out_norm
+        self.frozen_stages, self.norm_eval, self.with_cp = frozen_stages, norm_eval, with_cp
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        if min(height, width) < 32:
+            raise ValueError(f'img_size must be at least 32 pixels a side, got {img_size}')
+
+        self.patch_embed = PatchEmbed(in_channels, spec['stem_width'], dims[0], _usable_norm(norm_cfg))
+        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        outlookers = [
+            Block(dims[0], OutlookAttention(dims[0], heads[0], **OUTLOOK), ratios[0], 0.0) for _ in range(depths[0])
+        ]
+        # As in the official code `network` also counts the downsample: stage i > 0 is network[i + 1].
+        self.network = nn.ModuleList([nn.Sequential(*outlookers)])
+        if stages > 1:
+            self.network.append(Downsample(dims[0], dims[1]))
+            self.pos_embed = nn.Parameter(torch.zeros(1, -(-height // STRIDE), -(-width // STRIDE), dims[1]))
+        for i in range(1, stages):
+            of_stage = rates[sum(depths[:i]) : sum(depths[: i + 1])]
+            blocks = [Block(dims[i], Attention(dims[i], heads[i]), ratios[i], rate) for rate in of_stage]
+            self.network.append(nn.Sequential(*blocks))
+        if out_norm:
+            for i in self.out_indices:
+                self.add_module(self._norm_name(i), nn.LayerNorm(dims[i]))
+        # What the blocks and the stem are called through, by type, as :func:`call_block` does it: where it is compiled.
+        self.calls: dict[type, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {}
+        self._grids: dict[tuple[int, int], torch.Tensor] = {}
+        self._grids_of: tuple = (None, None)
+        self._freeze()
+
+    def _norm_name(self, index: int) -> str:
+        return 'norm' if index == len(self.dims) - 1 else f'norm{index}'
+
+    def _stage(self, index: int) -> nn.Sequential:
+        return self.network[index + 1 if index else 0]
+
+    def init_weights(self) -> None:
+        """Load the pretrained weights of ``init_cfg``, or draw random ones as the official code does.
+
+        Raises:
+            CheckpointError, FileNotFoundError: see :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
+        """
+        if self.init_cfg and self.init_cfg.get('type') == 'Pretrained':
+            load_backbone(self, self.init_cfg['checkpoint'])
+            return
+        if self.init_cfg:
+            super().init_weights()
+            return
+        print_log('VOLO starts from random weights: no pretrained checkpoint is configured', logger='current')
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if hasattr(self, 'pos_embed'):
+            trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        H, W = x.shape[-2:]
+        if min(H, W) < 32:
+            raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
+        padded = H % STRIDE or W % STRIDE
+        if padded:
+            x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
+        x = self._run(self.patch_embed, x)
+        outs = []
+        for i in range(self.out_indices[-1] + 1):
+            if i == 1:  # from the fine grid of the Outlookers to the grid of the transformers
+                x = self.network[1](x)
+                # Under autocast this makes the residual stream float32 from here on, as in the official code.
+                x = x + self._pos_embed_for(tuple(x.shape[1:3]))
+            for block in self._stage(i):
+                x = self._run(block, x)
+            if i in self.out_indices:
+                out = x
+                if padded:  # rows and columns that hold nothing but padding are not part of the map
+                    stride = STRIDE if i else PATCH
+                    out = x[:, : -(-H // stride), : -(-W // stride)]
+                if self.out_norm:
+                    out = getattr(self, self._norm_name(i))(out)
+                outs.append(out.permute(0, 3, 1, 2))
+        return tuple(outs)
+
+    def _run(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.with_cp and torch.is_grad_enabled() and isinstance(part, Block):
+            return checkpoint(part, x, use_reentrant=False)
+        call = self.calls.get(type(part))
+        return call(part, x) if call else part(x)
+
+    def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
+        """``pos_embed`` on a token grid; kept between calls in eval mode, where no gradient needs it."""
+        pos_embed = self.pos_embed
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return resize_pos_embed(pos_embed, grid)
+        # Whatever is kept must not outlive its weights: an in-place update changes the version, a move the address,
+        # and holding the parameter itself keeps its address from being given to another one.
+        source = (pos_embed.data_ptr(), 0 if pos_embed.is_inference() else pos_embed._version)
+        if self._grids_of[0] is not pos_embed or self._grids_of[1] != source or len(self._grids) >= _CACHED_GRIDS:
+            self._grids, self._grids_of = {}, (pos_embed, source)
+        if grid not in self._grids:
+            self._grids[grid] = resize_pos_embed(pos_embed, grid)
+        return self._grids[grid]
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """The depth of a parameter, for layer-wise learning-rate decay.
+
+        ``patch_embed`` has depth 0, the blocks 1, 2, ... in their order. The downsample and ``pos_embed`` share the
+        depth of the Outlooker before them, as mmpretrain has it for Swin's downsamples. The out norms, most of them
+        not pretrained, come last, with all that is not the backbone's.
+
+        Args:
+            param_name: the parameter's name in the model.
+            prefix: what stands before the backbone's own names, as 'backbone.'.
+
+        Returns:
+            The depth, and the number of depths: the blocks and two more.
+        """
+        stages = self.out_indices[-1] + 1
+        blocks = [len(self._stage(i)) for i in range(stages)]
+        last = sum(blocks) + 1
+        part, *numbers = param_name.removeprefix(prefix).split('.') if param_name.startswith(prefix) else ['']
+        if part == 'patch_embed':
+            return 0, last + 1
+        if part == 'pos_embed' or (part == 'network' and numbers[0] == '1'):
+            return blocks[0], last + 1
+        if part == 'network':
+            stage = max(int(numbers[0]) - 1, 0)
+            return sum(blocks[:stage]) + int(numbers[1]) + 1, last + 1
+        return last, last + 1
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        # Any state dict of this variant fits, whatever image size it was trained for.
+        key = f'{prefix}pos_embed'
+        given = state_dict.get(key)
+        if given is not None and hasattr(self, 'pos_embed') and given.dim() == 4:
+            state_dict[key] = resize_pos_embed(given, self.pos_embed.shape[1:3])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        frozen = [self.patch_embed] if self.frozen_stages >= 0 else []
+        frozen += [self._stage(i) for i in range(self.frozen_stages)]
+        if self.frozen_stages >= 2:
+            frozen.append(self.network[1])
+        return frozen
+
+    def _freeze(self) -> None:
+        for module in self._frozen_modules():
+            module.eval()
+            module.requires_grad_(False)
+        if self.frozen_stages >= 2:
+            self.pos_embed.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> 'VOLO':
+        """Set training mode, except for what ``frozen_stages`` and ``norm_eval`` hold in eval mode."""
+        super().train(mode)
+        self._grids.clear()
+        if mode:
+            self._freeze()
+            if self.norm_eval:
+                for module in self.patch_embed.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+
+def _arch_numbers(arch: str | dict) -> dict:
+    """The numbers of a variant, checked, each as a tuple with one entry per stage."""
+    if isinstance(arch, str):
+        if arch not in ARCHS:
+            raise ValueError(f'arch must be one of {", ".join(ARCHS)} or a dict of numbers, got {arch!r}')
+        arch = ARCHS[arch]
+    needed = set(ARCHS['d1'])
+    if set(arch) != needed:
+        raise ValueError(f'an arch dict needs exactly the keys {sorted(needed)}, got {sorted(arch)}')
+    spec = dict(arch)
+    stages = len(spec['depths'])
+    if isinstance(spec['mlp_ratios'], (int, float)):
+        spec['mlp_ratios'] = (spec['mlp_ratios'],) * stages
+    for key in ('depths', 'dims', 'heads', 'mlp_ratios'):
+        spec[key] = tuple(spec[key])
+        if len(spec[key]) != stages or stages < 2:
+            raise ValueError(f'arch needs two stages or more and as many {key} as depths, got {key}={spec[key]}')
+    if len(set(spec['dims'][1:])) > 1:
+        raise ValueError(f'the transformer stages share one width, got dims={spec["dims"]}')
+    for dim, heads in zip(spec['dims'], spec['heads'], strict=True):
+        if dim % heads:
+            raise ValueError(f'width {dim} cannot be split into {heads} heads')
+    return spec
+
+
+def _checked_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= stages:
+        raise ValueError(f'out_indices must be ascending, without repeats, within 0..{stages - 1}; got {out_indices}')
+    return indices
+
+
+def _usable_norm(norm_cfg: dict | None) -> dict:
+    norm_cfg = dict(norm_cfg or dict(type='BN'))
+    if norm_cfg['type'] in ('SyncBN', 'MMSyncBN') and not torch.cuda.is_available():
+        norm_cfg['type'] = 'BN'
+    return norm_cfg

@@ -1,0 +1,228 @@
+"""Run the windows of an image through a segmentor's network, in batches."""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
+from types import FunctionType
+
+import torch
+from mmseg.models import EncoderDecoder
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from torch import Tensor, nn
+
+from .graphs import Graphs, HalfWeights, can_capture, mark_of
+from .streaming import View, stream
+from .volo import VOLO, Block, PatchEmbed, call_block, call_stem
+
+PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+# Pixels of the windows in one batch, where nobody says: two of 1024 x 1024 on a GPU.
+_BATCH_PIXELS = {'cpu': 2**18, 'cuda': 2**21}
+# A batch of more pixels keeps a GPU busy for longer than its launches take (VOLO-D1, 16 windows of 512 x 512: 15.7 ms,
+# in a graph 15.1; one window: 15.4 and 2.8), and a graph would hold on to a lot of memory.
+_GRAPH_PIXELS = 2**22
+
+
+class WindowNetwork:
+    """The part of a segmentor that sees windows, run in batches with the options of its ``test_cfg``.
+
+    Args:
+        segmentor: the owner of the network.
+        follows_training: whether the owner clears ``graphs`` when it begins to train or moves its weights. CUDA graphs
+            are used only then.
+    """
+
+    def __init__(self, segmentor: EncoderDecoder, follows_training: bool = False):
+        self.segmentor = segmentor
+        self._follows_training = follows_training
+        # Called with the windows done and their number, after each batch.
+        self.progress: Callable[[int, int], None] | None = None
+        self.graphs = Graphs()
+        self._done, self._all = 0, 0
+        self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape
+        self._compiled: dict[tuple, Callable] = {}
+        self._weights: HalfWeights | None = None  # of the picture at work, where it may use graphs
+        # Plain heads are asked for their logits before the resize, so that it can be folded into what follows. Others,
+        # and cascades, give what they give.
+        self._plain = has_plain_head(segmentor)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, '_compiled': {}}  # what is compiled is this network's, not a copy's
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.segmentor.parameters()).device
+
+    def stream(self, pictures: list[list[View]]):
+        """See :func:`mmseg_volo.models.streaming.stream`."""
+        self._done = 0
+        self._all = sum(len(view.along.starts) * len(view.across.starts) for views in pictures for view in views)
+        return stream(pictures, self._encode, self.segmentor.out_channels, self.device)
+
+    @contextmanager
+    def running(self):
+        """What holds for a whole picture: the options that are set once, and full precision outside the network."""
+        cfg = self.segmentor.test_cfg
+        precision = cfg.get('precision')
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f'test_cfg.precision must be one of {", ".join(PRECISIONS)}, got {precision!r}')
+        if cfg.get('channels_last'):
+            self._make_channels_last()
+        device = self.device
+        kind = device.type
+        outer = torch.is_autocast_enabled(kind)
+        enabled = outer if precision is None else precision != 'fp32'
+        dtype = torch.get_autocast_dtype(kind) if precision in (None, 'fp32') else PRECISIONS[precision]
+        self._autocast = dict(device_type=kind, enabled=enabled, dtype=dtype)
+        mark = mark_of(self.segmentor) if self._may_use_graphs(device) else None
+        self.graphs.follow(mark, device)
+        self._uses_graphs, self._weights = mark is not None, None
+        if self._uses_graphs and enabled:
+            self._weights = self.graphs.weights(self.segmentor, dtype, without=(PatchEmbed,))
+        # Autocast keeps the weights that it has cast until the outermost context ends: entered here, they are cast
+        # once for the picture. What follows the network is then taken out of it.
+        with self._compiled_parts(), torch.autocast(**self._autocast), torch.autocast(kind, enabled=False):
+            yield
+
+    @contextmanager
+    def _compiled_parts(self):
+        """Where ``test_cfg`` asks for it VOLO calls its blocks and its stem compiled."""
+        backbone = self.segmentor.backbone
+        if not self.segmentor.test_cfg.get('compile') or not isinstance(backbone, VOLO):
+            yield
+            return
+        backbone.calls = {Block: self._compile(call_block), PatchEmbed: self._compile(call_stem)}
+        try:
+            yield
+        finally:
+            backbone.calls = {}
+
+    def _compile(self, function: Callable) -> Callable:
+        """The function compiled for windows of any size, with code of its own for this network and precision.
+
+        PyTorch compiles the same code for few cases only, and runs it as it is in further ones.
+        """
+        key = function.__name__, *self._autocast.values()
+        if key not in self._compiled:
+            own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+            self._compiled[key] = torch.compile(own, dynamic=True)
+        return self._compiled[key]
+
+    def _make_channels_last(self) -> None:
+        weights = (module.weight for module in self.segmentor.modules() if isinstance(module, nn.Conv2d))
+        if not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights):
+            self.segmentor.to(memory_format=torch.channels_last)
+
+    def _may_use_graphs(self, device: torch.device) -> bool:
+        """Whether this picture may use graphs, as far as its device, its owner and ``test_cfg`` have a say."""
+        cfg, segmentor = self.segmentor.test_cfg, self.segmentor
+        wish = cfg.get('cuda_graph')
+        if wish is None:
+            wish = self._plain and isinstance(segmentor.backbone, VOLO) and not cfg.get('compile')
+        usable = self._follows_training and can_capture(device) and not self.graphs.refused
+        return bool(wish) and usable and not torch.is_grad_enabled()
+
+    def _encode(self, due: list[tuple[View, int, int]]) -> None:
+        by_shape: dict[tuple[int, int], list] = {}
+        for window in due:
+            by_shape.setdefault(window[0].window_shape, []).append(window)
+        for shape, windows in by_shape.items():
+            if self.device.type == 'cpu':
+                _give_back_free_memory()
+            while windows:
+                size = self._batch(shape)
+                batch, windows = windows[:size], windows[size:]
+                try:
+                    logits = self.run([view.window(i, j) for view, i, j in batch])
+                except torch.cuda.OutOfMemoryError:
+                    if self.graphs.clear():  # first without what they hold on to, then with fewer windows
+                        self.graphs.refused, self._uses_graphs, self._weights = True, False, None
+                    elif len(batch) == 1:
+                        raise
+                    else:
+                        self._fits[shape] = len(batch) // 2
+                    torch.cuda.empty_cache()
+                    windows = batch + windows
+                    continue
+                for (view, i, j), of_window in zip(batch, logits, strict=True):
+                    view.put(i, j, of_window)
+                self._done += len(batch)
+                if self.progress:
+                    self.progress(self._done, self._all)
+
+    def _batch(self, shape: tuple[int, int]) -> int:
+        size = self.segmentor.test_cfg.get('window_batch')
+        if size is None:
+            pixels = _BATCH_PIXELS.get(self.device.type, _BATCH_PIXELS['cuda'])
+            size = max(pixels // (shape[0] * shape[1]), 1)
+        return min(size, self._fits.get(shape, size))
+
+    def run(self, windows: Sequence[Tensor]) -> Tensor:
+        """Logits of prepared windows, each (3, height, width), of one shape; to be called in :meth:`running`.
+
+        Returns:
+            (N, C, h, w) in the decode head's size. The next call may write over it.
+        """
+        cfg = self.segmentor.test_cfg
+        pixels = len(windows) * windows[0].shape[1] * windows[0].shape[2]
+        if not self._uses_graphs or (pixels > _GRAPH_PIXELS and not cfg.get('cuda_graph')):
+            return self._pass(torch.stack(tuple(windows)))
+        # A last batch with fewer windows has a graph of its own: filled up to the usual number it would take longer.
+        key = bool(cfg.get('compile')), *self._autocast.values()
+        uses = 1 if cfg.get('cuda_graph') else 3
+        return self.graphs.run(key, windows, self._pass, self._uncompiled_pass, uses)
+
+    def _pass(self, windows: Tensor) -> Tensor:
+        forward = self._forward
+        if self.segmentor.test_cfg.get('compile') and not isinstance(self.segmentor.backbone, VOLO):
+            forward = partial(self._compile(_call_network), self)
+        return self._with_options(forward, windows)
+
+    def _uncompiled_pass(self, windows: Tensor) -> Tensor:
+        backbone = self.segmentor.backbone
+        if not isinstance(backbone, VOLO):
+            return self._with_options(self._forward, windows)
+        calls, backbone.calls = backbone.calls, {}
+        try:
+            return self._with_options(self._forward, windows)
+        finally:
+            backbone.calls = calls
+
+    def _with_options(self, forward: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
+        # Autocast's own copies of weights end with the picture, which a graph outlives.
+        weights = nullcontext() if self._weights is None else self._weights
+        with torch.autocast(**self._autocast, cache_enabled=not self._uses_graphs), weights:
+            return forward(windows)
+
+    def _forward(self, windows: Tensor) -> Tensor:
+        if self._plain:
+            return self.segmentor.decode_head(self.segmentor.extract_feat(windows))
+        shape = windows.shape[2:]
+        meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
+        return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
+
+
+def _call_network(network: WindowNetwork, windows: Tensor) -> Tensor:
+    return network._forward(windows)
+
+
+def has_plain_head(segmentor: EncoderDecoder) -> bool:
+    """Whether its logits are those of one decode head, resized in mmseg's way."""
+    head = segmentor.decode_head
+    return (
+        type(segmentor).encode_decode is EncoderDecoder.encode_decode
+        and isinstance(head, BaseDecodeHead)
+        and type(head).predict is BaseDecodeHead.predict
+        and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
+    )
+
+
+def _give_back_free_memory() -> None:
+    """Return free pages within the C heap to the system, where the C library can (glibc).
+
+    Windows of several shapes leave gaps of several sizes, which do not fit each other: without this a process that
+    predicts ten views grew by 380 to 560 MB, with it by 360 to 410 (VOLO-D1, 512 x 1024). Doing it before each window
+    rather than each shape saves little more and costs a tenth of the time.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)

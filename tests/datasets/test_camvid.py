@@ -1,0 +1,63 @@
+"""CamVid as mmseg reads it, and the model on real pictures."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from mmengine.config import Config
+from mmseg.registry import DATASETS
+from torch import nn
+
+from mmseg_volo import VOLO
+from mmseg_volo.checkpoints.pretrained import CLASSIFIER
+from mmseg_volo.datasets.camvid import CamVidDataset
+
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+
+
+def test_classes_and_colours_fit_each_other():
+    meta = CamVidDataset.METAINFO
+    assert len(meta['classes']) == len(meta['palette']) == len({tuple(c) for c in meta['palette']}) == 11
+
+
+@pytest.mark.parametrize(('split', 'count'), [('train', 367), ('val', 101)])
+def test_camvid_pairs_images_with_labels(camvid, split, count):
+    prefix = dict(img_path=f'images/{split}', seg_map_path=f'labels/{split}')
+    dataset = DATASETS.build(dict(type='CamVidDataset', data_root=str(camvid), data_prefix=prefix))
+    assert len(dataset) == count
+    for index in range(0, count, 20):
+        info = dataset.get_data_info(index)
+        image, label = cv2.imread(info['img_path']), cv2.imread(info['seg_map_path'], cv2.IMREAD_UNCHANGED)
+        assert image.shape == (360, 480, 3) and label.shape == (360, 480)
+        assert set(np.unique(label)) <= {*range(11), 255}
+
+
+def test_camvid_config_makes_batches(camvid):
+    config = Config.fromfile(CONFIGS / 'volo_d1_camvid.py')
+    for loader in (config.train_dataloader, config.val_dataloader):
+        dataset = DATASETS.build(dict(loader.dataset, data_root=str(camvid)))
+        item = dataset[0]
+        size = config.crop_size if loader is config.train_dataloader else (360, 480)
+        assert tuple(item['inputs'].shape) == (3, *size) and item['inputs'].dtype == torch.uint8
+        assert tuple(item['data_samples'].gt_sem_seg.data.shape) == (1, *size)
+
+
+def test_a_real_picture_gives_timms_features(camvid):
+    """360 x 480 is no multiple of 16: timm gets the picture padded and a pos_embed of the padded grid."""
+    theirs = timm.create_model('volo_d1_224', pretrained=False).eval()
+    ours = VOLO('d1', out_norm=False).eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith((*CLASSIFIER, 'norm.'))})
+    grid = F.interpolate(theirs.pos_embed.permute(0, 3, 1, 2), (23, 30), mode='bicubic', align_corners=False)
+    theirs.pos_embed = nn.Parameter(grid.permute(0, 2, 3, 1))
+    picture = cv2.imread(str(sorted((camvid / 'images/val').iterdir())[0]))
+    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 58 - 2
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(F.pad(x, (0, 0, 0, 8)), intermediates_only=True)
+        for i, (a, b) in enumerate(zip(ours(x), expected, strict=True)):
+            assert a.shape[2:] == ((23, 30) if i else (45, 60))
+            b = b[:, :, : a.shape[2]]
+            assert (a - b).norm() / b.norm() < 1e-4

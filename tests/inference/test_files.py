@@ -1,0 +1,374 @@
+"""Folders, videos and what is said of them: tools/predict.py and mmseg_volo.inference.files."""
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from drawn_videos import draw_video, frame, frames_of
+from small_runs import ROOT, write_config
+
+from mmseg_volo.errors import ConfigError
+from mmseg_volo.inference import Predictor
+from mmseg_volo.inference import files as folders
+from mmseg_volo.inference.files import OutputError, Recipe, find_images, find_sources, predict_files
+from mmseg_volo.inference.model import init_model
+from mmseg_volo.utils.signals import Stopped
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory) -> tuple[str, str]:
+    """(config, checkpoint) of an untrained model."""
+    folder = tmp_path_factory.mktemp('predict')
+    path = str(write_config(folder))
+    torch.manual_seed(0)
+    built = init_model(path, device='cpu')
+    torch.save(dict(state_dict=built.state_dict(), meta=dict(dataset_meta=built.dataset_meta)), folder / 'small.pth')
+    return path, str(folder / 'small.pth')
+
+
+@pytest.fixture
+def recipe(model) -> Recipe:
+    from mmseg_volo.utils.config import load_config
+
+    return Recipe(load_config(model[0]), model[1], 'cpu', options=dict(confidence=False))
+
+
+def draw(folder: Path, count: int = 4) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        cv2.imwrite(str(folder / f'{number}.png'), frame(number, 48 + 8 * number, 96))
+    return folder
+
+
+def main(*arguments, monkeypatch) -> int:
+    spec = importlib.util.spec_from_file_location('predict_tool', ROOT / 'tools/predict.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    monkeypatch.setattr(sys, 'argv', ['predict.py', *map(str, arguments)])
+    return tool.main()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*.png')}
+
+
+def test_overlays_have_a_legend_or_the_size_of_the_picture(model, tmp_path, monkeypatch):
+    pictures = draw(tmp_path / 'pictures')
+    given = *model, pictures, '--device', 'cpu', '--overlay', '--out'
+    assert main(*given, tmp_path / 'a', monkeypatch=monkeypatch) == 0
+    assert main(*given, tmp_path / 'b', '--no-legend', '--opacity', '0.25', monkeypatch=monkeypatch) == 0
+    palette = np.array(Predictor(*model, 'cpu').palette)
+    for number in range(4):
+        image = frame(number, 48 + 8 * number, 96)
+        classes = cv2.imread(str(tmp_path / f'a/{number}.png'), -1)
+        colours = palette[classes][..., ::-1]
+        with_legend = cv2.imread(str(tmp_path / f'a/{number}_overlay.png')).astype(int)
+        without = cv2.imread(str(tmp_path / f'b/{number}_overlay.png')).astype(int)
+        height, width = image.shape[:2]
+        assert without.shape == image.shape
+        assert np.abs(without - (0.75 * image + 0.25 * colours)).max() <= 1
+        assert np.abs(with_legend[:height, :width] - (image + colours) / 2).max() <= 1
+        below = {tuple(colour) for colour in with_legend[height:].reshape(-1, 3)}
+        assert {tuple(palette[c][::-1]) for c in np.unique(classes)} <= below
+    for wrong in ('1.1', 'x', '-1'):
+        with pytest.raises(SystemExit):
+            main(*given, tmp_path / 'c', '--opacity', wrong, monkeypatch=monkeypatch)
+
+
+def test_pictures_and_videos_together(model, tmp_path, monkeypatch, capsys):
+    video, picture = draw_video(tmp_path / 'a.mp4', 4), draw(tmp_path / 'p', 1) / '0.png'
+    (tmp_path / 'empty.mp4').write_bytes(b'')
+    (tmp_path / 'empty.png').write_bytes(b'')
+    out = tmp_path / 'out'
+    given = *model, video, picture, tmp_path / 'empty.mp4', tmp_path / 'empty.png', '--out', out, '--device', 'cpu'
+    assert main(*given, '--video-format', 'webm', monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr().err
+    assert f'skipped {tmp_path}/empty.mp4: it is empty (0 bytes)' in told
+    assert f'skipped {tmp_path}/empty.png: it is no image, or broken: it is empty (0 bytes)' in told
+    assert '2 of the images failed' in told and 'Traceback' not in told
+    assert sorted(p.name for p in out.iterdir()) == ['0.png', 'a_overlay.webm', 'predict.jsonl']
+    assert len(frames_of(out / 'a_overlay.webm')[0]) == 4
+
+
+def test_what_sources_stand_for(tmp_path, capsys):
+    for name in ('both/a.png', 'both/a.mp4', 'both/deep/b.MOV', 'films/a.mp4', 'films/a.mkv', 'films/deep/b.webm'):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b'')
+
+    def found(*sources: str, **more):
+        return [
+            {str(k.relative_to(tmp_path)): str(v) for k, v in kind.items()}
+            for kind in find_sources([f'{tmp_path}/{s}' for s in sources], **more)
+        ]
+
+    assert found('both') == [{'both/a.png': 'a'}, {}]
+    assert f'{tmp_path}/both: 2 videos beside the images left out' in capsys.readouterr().err
+    assert found('films') == [{}, {'films/a.mp4': 'a.mp4', 'films/a.mkv': 'a.mkv', 'films/deep/b.webm': 'deep/b'}]
+    assert found('both/*') == [{'both/a.png': 'a'}, {'both/a.mp4': 'a'}]
+    assert found('both/deep/b.MOV') == [{}, {'both/deep/b.MOV': 'b'}]
+    assert found('both', out_dir=f'{tmp_path}/both/deep')[0] == {'both/a.png': 'a'}
+    assert capsys.readouterr().err.count('left out') == 1  # results of before are not sources
+    with pytest.raises(FileNotFoundError, match='no image found, only videos'):
+        find_images([f'{tmp_path}/films'])
+
+
+def test_places_where_nothing_can_be_written(recipe, tmp_path):
+    pictures = draw(tmp_path / 'pictures', 1)
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(NotADirectoryError, match='file is a file; the results need a folder'):
+        predict_files(recipe, [str(pictures)], str(tmp_path / 'file'))
+    with pytest.raises(OSError, match='file/below'):
+        predict_files(recipe, [str(pictures)], str(tmp_path / 'file/below'))
+    before = contents(pictures)
+    with pytest.raises(FileExistsError, match='would replace a source'):
+        predict_files(recipe, [str(pictures)], str(pictures))
+    assert contents(pictures) == before
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process')
+def test_a_full_disk_ends_the_run_at_once(recipe, tmp_path, capsys):
+    pictures, before = draw(tmp_path / 'pictures'), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
+    try:
+        with pytest.raises(
+            OutputError, match=r'0_overlay\.png cannot be written .* 0 of 4 are done: make room, then go'
+        ):
+            predict_files(recipe, [str(pictures)], str(tmp_path / 'out'), True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['0.png', 'predict.jsonl']
+
+
+@pytest.fixture
+def predicted(monkeypatch) -> list[str]:
+    """The names of the pictures that are read from here on."""
+    names = []
+
+    def read(path):
+        names.append(path.name)
+        if path.name == os.environ.get('STOP_AT'):
+            os.kill(os.getpid(), signal.SIGINT)
+        return read_image(path)
+
+    read_image = folders.read_image
+    monkeypatch.setattr(folders, 'read_image', read)
+    return names
+
+
+def test_a_folder_goes_on_where_it_was_stopped(recipe, tmp_path, predicted, monkeypatch, capsys):
+    pictures, out = draw(tmp_path / 'pictures', 8), tmp_path / 'out'
+    run = lambda resume=True, where=out: predict_files(recipe, [str(pictures)], str(where), True, resume=resume)  # noqa: E731
+    run(False, tmp_path / 'whole')
+    monkeypatch.setenv('STOP_AT', '4.png')
+    with pytest.raises(Stopped):
+        run(False)
+    done = len(list(out.glob('*_overlay.png')))
+    assert 2 <= done <= 4 and f'{done} of 8 are done; the same command with --resume goes on' in capsys.readouterr().err
+    monkeypatch.delenv('STOP_AT')
+    predicted.clear()
+    assert run() == {} and f'{done} done before, {8 - done} to do' in capsys.readouterr().err
+    assert predicted == [f'{number}.png' for number in range(done, 8)]
+    assert contents(out) == contents(tmp_path / 'whole') and not list(out.glob('.*'))
+
+    predicted.clear()
+    (out / '3_overlay.png').unlink()  # a result that was removed, a picture that is another now, and a new one
+    cv2.imwrite(str(pictures / '5.png'), frame(20, 40, 96))
+    cv2.imwrite(str(pictures / 'new.png'), frame(20, 40, 96))
+    with (out / 'predict.jsonl').open('a') as file:
+        file.write('{"source": "cut o')  # a machine that lost power
+    run()
+    assert predicted == ['3.png', '5.png', 'new.png'] and '6 done before, 3 to do' in capsys.readouterr().err
+    assert cv2.imread(str(out / '5.png'), -1).shape == (40, 96)
+    predicted.clear()
+    assert run() == {} and not predicted
+    assert run(False) == {} and len(predicted) == 9  # without --resume everything is done anew
+
+
+def test_results_are_written_beside_the_next_prediction_and_count_when_they_are_there(recipe, tmp_path, monkeypatch):
+    pictures, out = draw(tmp_path / 'pictures'), tmp_path / 'out'
+    (pictures / '2.png').write_bytes(b'no picture')
+    events, predict, save = [], Predictor.predict, folders._save
+
+    def slow_save(*arguments):
+        name = arguments[2].name
+        if name == '0':
+            while events.count('predicts') < 2:
+                time.sleep(0.01)
+        events.append(f'writes {name}')
+        assert threading.current_thread() is not threading.main_thread()
+        return save(*arguments)
+
+    def note(journal, source, files):
+        assert all((out / file).is_file() for file in files)
+        events.append(f'noted {source.name}')
+
+    monkeypatch.setattr(folders, '_save', slow_save)
+    monkeypatch.setattr(Predictor, 'predict', lambda *arguments: events.append('predicts') or predict(*arguments))
+    monkeypatch.setattr(folders.Journal, 'add', note)
+    failed = predict_files(recipe, [str(pictures)], str(out))
+    assert list(failed) == [pictures / '2.png']
+    assert [event for event in events if event != 'predicts'] == [
+        f'{what} {number}{end}' for number in (0, 1, 3) for what, end in (('writes', ''), ('noted', '.png'))
+    ]
+
+
+def test_results_of_something_else_are_not_resumed(recipe, model, tmp_path, monkeypatch, capsys):
+    from mmseg_volo.utils.config import load_config
+
+    pictures, out = draw(tmp_path / 'pictures', 1), tmp_path / 'out'
+    predict_files(recipe, [str(pictures)], str(out))
+    journal = (out / 'predict.jsonl').read_bytes()
+    other = tmp_path / 'other.pth'
+    weights = torch.load(model[1])
+    torch.save(dict(weights, more=1), other)
+    config = load_config(model[0])
+    config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
+
+    def refused(message, recipe=recipe, **options):
+        with pytest.raises(ConfigError, match=message):
+            predict_files(recipe, [str(pictures)], str(out), resume=True, **options)
+        assert (out / 'predict.jsonl').read_bytes() == journal
+
+    refused(
+        r'checkpoint \(small\.pth \w{8} then, other\.pth \w{8} now\)\. Take', Recipe(recipe.config, str(other), 'cpu')
+    )
+    refused(
+        r'with something else: config \(small\.py \w{8} then, small',
+        Recipe(config, model[1], 'cpu', False, recipe.options),
+    )
+    refused(r'with something else: overlay \(no then, yes now\)\. Take', with_overlay=True)
+    refused(r'opacity \(0\.5 then, 0\.7 now\)', opacity=0.7)
+    refused(r'aug-test \(no then, yes now\)', Recipe(recipe.config, model[1], 'cpu', True, recipe.options))
+    shutil.copy(model[1], tmp_path / 'moved.pth')  # the same bytes
+    same = Recipe(recipe.config, str(tmp_path / 'moved.pth'), 'cpu', False, dict(recipe.options, window_batch=1))
+    assert predict_files(same, [str(pictures)], str(out), resume=True) == {}
+    assert '1 done before, 0 to do' in capsys.readouterr().err
+    (out / 'predict.jsonl').write_text('nonsense')
+    journal = b'nonsense'
+    refused('is no record of what was predicted; leave out --resume')
+    predict_files(recipe, [str(pictures)], str(out))
+    assert len((out / 'predict.jsonl').read_text().splitlines()) == 2
+    json.loads((out / 'predict.jsonl').read_text().splitlines()[0])
+
+
+def test_two_processes_give_what_one_gives(model, recipe, tmp_path, monkeypatch, capsys):
+    pictures = draw(tmp_path / 'pictures', 12)
+    (pictures / 'broken.png').write_bytes((pictures / '0.png').read_bytes()[:50])
+    given = *model, pictures, '--device', 'cpu', '--overlay', '--out'
+    assert main(*given, tmp_path / 'two', '--processes', '2', monkeypatch=monkeypatch) == 1
+    told = capsys.readouterr().err
+    assert told.count('skipped') == 1 and f'skipped {pictures}/broken.png: it is no image, or broken' in told
+    assert main(*given, tmp_path / 'one', monkeypatch=monkeypatch) == 1
+    assert contents(tmp_path / 'two') == contents(tmp_path / 'one') and len(contents(tmp_path / 'two')) == 24
+    assert main(*given, tmp_path / 'two', '--resume', monkeypatch=monkeypatch) == 1
+    assert '12 done before, 1 to do' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_errors_in_processes_are_those_of_one(recipe, model, tmp_path):
+    pictures = draw(tmp_path / 'pictures')
+    wrong = Recipe(recipe.config, str(tmp_path / 'gone.pth'), 'cpu')
+    with pytest.raises(FileNotFoundError, match=r'gone\.pth'):
+        predict_files(wrong, [str(pictures)], str(tmp_path / 'out'), processes=2)
+    assert list((tmp_path / 'out').iterdir()) == []
+    with pytest.raises(TypeError, match='need a Recipe'):
+        predict_files(recipe.load(), [str(pictures)], str(tmp_path / 'out'), processes=2)
+
+
+def command(model, *arguments) -> list[str]:
+    tool = str(ROOT / 'tools/predict.py')
+    return [sys.executable, '-W', 'ignore', tool, *model, *map(str, arguments), '--device', 'cpu']
+
+
+def started(*arguments, model, out: Path) -> subprocess.Popen:
+    """tools/predict.py in a process group of its own, when its first results are there."""
+    process = subprocess.Popen(
+        command(model, *arguments, '--out', out), stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
+    )
+    for _ in range(600):
+        if process.poll() is not None or (out.is_dir() and len(list(out.glob('*'))) > 3):
+            break
+        time.sleep(0.1)
+    assert process.poll() is None, process.communicate()
+    return process
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """The workers: children whose command line says so."""
+    found = []
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            parent = int((folder / 'stat').read_text().rsplit(')', 1)[1].split()[1])
+            if parent == process.pid and b'spawn_main' in (folder / 'cmdline').read_bytes():
+                found.append(int(folder.name))
+        except (OSError, IndexError):
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_ctrl_c_on_a_folder(processes, model, tmp_path):
+    pictures, out = draw(tmp_path / 'pictures', 1), tmp_path / 'out'
+    for number in range(400):
+        shutil.copy(pictures / '0.png', pictures / f'copy{number}.png')
+    process = started(pictures, '--processes', str(processes), model=model, out=out)
+    workers = children(process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and 'Traceback' not in told, told
+    done = len((out / 'predict.jsonl').read_text().splitlines()) - 1
+    assert f'{done} of 401 are done; the same command with --resume goes on' in told
+    assert len(contents(out)) >= done > 0 and not list(out.glob('.*'))
+    assert len(workers) == (processes if processes > 1 else 0)
+    assert not any(Path(f'/proc/{pid}').exists() for pid in workers)
+    again = command(model, pictures, '--out', out, '--resume')
+    ended = subprocess.run(again, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+    assert ended.returncode == 0 and f'{done} done before, {401 - done} to do' in ended.stderr
+    assert len(contents(out)) == 401
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='reads /proc')
+def test_a_killed_process_is_reported_with_its_pictures(model, tmp_path):
+    pictures, out = draw(tmp_path / 'pictures', 1), tmp_path / 'out'
+    for number in range(400):
+        shutil.copy(pictures / '0.png', pictures / f'copy{number}.png')
+    process = started(pictures, '--processes', '2', model=model, out=out)
+    os.kill(children(process)[0], signal.SIGKILL)
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and 'Traceback' not in told, told
+    lost = [line for line in told.splitlines() if 'was ended by SIGKILL (out of memory?)' in line]
+    assert 1 <= len(lost) <= 3 and all(line.startswith('skipped ') for line in lost)
+    assert f'{len(lost)} of the images failed' in told
+    assert len((out / 'predict.jsonl').read_text().splitlines()) == 1 + 401 - len(lost) and not list(out.glob('.*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_on_a_video(number, model, tmp_path):
+    source, out = draw_video(tmp_path / 'a.mp4', 2000), tmp_path / 'out'
+    process = subprocess.Popen(command(model, source, '--out', out), stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    for _ in range(600):
+        if list(out.glob('.a_overlay*')):
+            break
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number and 'Traceback' not in told, told
+    frames, _ = frames_of(out / 'a_overlay.mp4')
+    assert 0 < len(frames) < 2000 and f'a_overlay.mp4 has the first {len(frames)} of about 2000 frames' in told
+    assert sorted(p.name for p in out.iterdir()) == ['a_overlay.mp4', 'predict.jsonl']

@@ -1,0 +1,88 @@
+"""One set of weights with several options, and the progress of a prediction."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from small_runs import write_config
+
+from mmseg_volo.errors import ConfigError
+from mmseg_volo.inference import Predictor
+from mmseg_volo.inference.model import init_model
+from mmseg_volo.inference.options import use_tta
+
+OPTIONS = [dict(), dict(aug_test=True), dict(precision='bf16', confidence=True), dict(aug_test=True, precision='bf16')]
+
+
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """(config, checkpoint) of an untrained model that predicts in windows."""
+    folder = tmp_path_factory.mktemp('inference')
+    config = Config.fromfile(write_config(folder))
+    config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
+    model = init_model(config, device='cpu')
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(dataset_meta=model.dataset_meta)), folder / 'small.pth')
+    return config, str(folder / 'small.pth')
+
+
+def test_options_share_the_weights_and_predict_as_predictors_of_their_own(small):
+    picture = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
+    first = Predictor(*small, 'cpu')
+    shared = [first.with_options(**options) for options in OPTIONS]
+    for options, predictor in [*zip(OPTIONS, shared, strict=True)] * 2:  # in turns: none leaves its options behind
+        own = Predictor(*small, 'cpu', **options)
+        found, expected = (p.predict(p.prepare(picture)) for p in (predictor, own))
+        np.testing.assert_array_equal(found.classes, expected.classes)
+        assert (found.confidence is None) == ('confidence' not in options)
+    weights = {p.data_ptr() for p in first.model.parameters()}
+    assert all({p.data_ptr() for p in predictor.model.parameters()} == weights for predictor in shared)
+    with pytest.raises(ConfigError, match='window_batch must be 1 or more'):
+        first.with_options(window_batch=0)
+
+
+@pytest.mark.parametrize('aug_test', [False, True])
+def test_progress_counts_windows_and_may_end_the_prediction(small, aug_test):
+    predictor = Predictor(*small, 'cpu', aug_test, window_batch=2)
+    data = predictor.prepare(np.zeros((80, 150, 3), np.uint8))
+    seen = []
+    predictor.predict(data, lambda done, total: seen.append((done, total)))
+    totals = {total for _, total in seen}
+    assert (
+        len(totals) == 1
+        and seen[-1][0] == totals.pop() > 4
+        and [done for done, _ in seen] == sorted({done for done, _ in seen})
+    )
+
+    def stop(done, total):
+        raise InterruptedError('stop')
+
+    with pytest.raises(InterruptedError):
+        predictor.predict(data, stop)
+    predictor.predict(data)  # without one
+
+
+def test_gpu_predictions_are_those_of_a_cpu(small, gpu):
+    """Pictures through pinned memory, graphs, class ids in 8 bits."""
+    picture = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
+    for aug_test in (False, True):
+        expected = Predictor(*small, 'cpu', aug_test)(picture)
+        predictor = Predictor(*small, gpu, aug_test)
+        for _ in range(4):
+            found = predictor(picture)
+            assert found.dtype == np.int64 and (found == expected).mean() > 0.99
+
+
+def test_cuda_graphs_can_be_asked_for_and_refused(small, tmp_path):
+    for wish in (True, False, None):
+        predictor = Predictor(*small, 'cpu', cuda_graph=wish)
+        predictor(np.zeros((80, 150, 3), np.uint8))  # a CPU has none
+        assert predictor.model.test_cfg.get('cuda_graph') is wish
+
+
+def test_cudnn_does_not_look_for_the_fastest_kernels_of_each_view(small):
+    config = copy.deepcopy(small[0])
+    assert config.env_cfg.cudnn_benchmark  # training has one shape
+    use_tta(config)
+    assert not config.env_cfg.cudnn_benchmark

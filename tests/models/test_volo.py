@@ -1,0 +1,362 @@
+"""The backbone against timm's VOLO, and the promises of its docstring."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from mmseg.registry import MODELS
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mmseg_volo import ARCHS, VOLO
+from mmseg_volo.checkpoints.pretrained import CLASSIFIER
+from mmseg_volo.models.volo import Block, PatchEmbed, call_block, call_stem, resize_pos_embed
+from mmseg_volo.ops.linear import LayerNorm
+
+# All five variants' parts at a size that takes milliseconds.
+# Not 16 in the stem: oneDNN then gets the 4 x 4 projection wrong in bfloat16 on CPUs with AMX.
+TINY = dict(depths=(2, 1, 2, 1), dims=(48, 96, 96, 96), heads=(2, 4, 4, 4), mlp_ratios=2, stem_width=8)
+
+
+def tiny(**kwargs) -> VOLO:
+    model = VOLO(**{'arch': TINY, 'img_size': 64, **kwargs})
+    model.init_weights()
+    return model
+
+
+def timm_pair(arch: str, **kwargs):
+    """timm's model and ours with the same random weights, every one of them drawn, zeros and ones included."""
+    theirs = timm.create_model(f'volo_{arch}_224', pretrained=False).eval()
+    with torch.no_grad():
+        for name, tensor in theirs.state_dict().items():
+            if name.endswith(('running_var',)):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.is_floating_point() and tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+    ours = VOLO(arch, out_norm=False, **kwargs).eval()
+    backbone = {k: v for k, v in theirs.state_dict().items() if not k.startswith((*CLASSIFIER, 'norm.'))}
+    assert set(ours.state_dict()) == set(backbone)
+    ours.load_state_dict(backbone)
+    return theirs, ours
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_stage_outputs_equal_timm(arch):
+    theirs, ours = timm_pair(arch)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(x, intermediates_only=True)
+        got = ours(x)
+    assert [tuple(t.shape) for t in got] == [tuple(t.shape) for t in expected]
+    for a, b in zip(got, expected, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_another_size_equals_timm_with_a_resized_pos_embed():
+    theirs, ours = timm_pair('d1')
+    resized = F.interpolate(theirs.pos_embed.permute(0, 3, 1, 2), (16, 20), mode='bicubic', align_corners=False)
+    theirs.pos_embed = nn.Parameter(resized.permute(0, 2, 3, 1))
+    x = torch.randn(1, 3, 256, 320)
+    with torch.no_grad():
+        expected = theirs.forward_intermediates(x, intermediates_only=True)
+        for a, b in zip(ours(x), expected, strict=True):
+            assert relative_error(a, b) < 1e-4
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_parameter_count_is_timms_without_the_class_part(arch):
+    with torch.device('meta'):
+        theirs = timm.create_model(f'volo_{arch}_224', pretrained=False)
+        ours = VOLO(arch)
+    level_norms = 2 * sum(ARCHS[arch]['dims'][:-1])
+    backbone = sum(p.numel() for n, p in theirs.named_parameters() if not n.startswith(CLASSIFIER))
+    assert sum(p.numel() for p in ours.parameters()) == backbone + level_norms
+
+
+@pytest.mark.parametrize('size', [(32, 32), (224, 224), (96, 160), (111, 113), (33, 500)], ids=str)
+def test_any_size_gives_maps_of_the_ceiling(size):
+    model = tiny().eval()
+    with torch.no_grad():
+        outs = model(torch.randn(2, 3, *size))
+    for i, out in enumerate(outs):
+        stride = 16 if i else 8
+        assert out.shape == (2, TINY['dims'][i], math.ceil(size[0] / stride), math.ceil(size[1] / stride))
+
+
+def test_padding_is_zeros_at_the_right_and_the_bottom():
+    model = tiny().eval()
+    x = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        for a, b in zip(model(x), model(F.pad(x, (0, 6, 0, 10))), strict=True):
+            torch.testing.assert_close(a, b[..., : a.shape[2], : a.shape[3]])
+
+
+def test_too_small_an_image_is_refused():
+    with pytest.raises(ValueError, match='at least 32 x 32 pixels, got 31 x 64'):
+        tiny()(torch.randn(1, 3, 31, 64))
+
+
+@pytest.mark.parametrize('indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)], ids=str)
+def test_out_indices_pick_maps_and_build_no_stage_past_the_last(indices):
+    full = tiny(out_norm=False).eval()
+    part = tiny(out_norm=False, out_indices=indices).eval()
+    assert len(part.network) == (indices[-1] + 2 if indices[-1] else 1)
+    part.load_state_dict({k: v for k, v in full.state_dict().items() if k in part.state_dict()})
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = full(x)
+        for i, out in zip(indices, part(x), strict=True):
+            torch.testing.assert_close(out, expected[i])
+
+
+def test_level_norms_are_layer_norms_of_each_map():
+    normed, raw = tiny().eval(), tiny(out_norm=False).eval()
+    raw.load_state_dict({k: v for k, v in normed.state_dict().items() if not k.startswith('norm')})
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for i, (a, b) in enumerate(zip(normed(x), raw(x), strict=True)):
+            expected = F.layer_norm(b.permute(0, 2, 3, 1), [TINY['dims'][i]]).permute(0, 3, 1, 2)
+            torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-5)
+    assert {n for n, _ in normed.named_children() if n.startswith('norm')} == {'norm0', 'norm1', 'norm2', 'norm'}
+
+
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_every_parameter_gets_a_gradient(with_cp):
+    model = tiny(with_cp=with_cp).train()
+    sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 48))).backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # The mean square of a LayerNorm's output hardly depends on its input, but it does through weight and bias.
+    assert not without
+
+
+def test_checkpointing_changes_neither_outputs_nor_gradients():
+    plain = tiny(drop_path_rate=0.5).train()
+    saving = tiny(drop_path_rate=0.5, with_cp=True).train()
+    saving.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 64, 64)
+    grads = []
+    for model in (plain, saving):
+        torch.manual_seed(3)
+        outs = model(x)
+        (outs[0].square().sum() + outs[3].cos().sum()).backward()
+        grads.append([outs[3], *(p.grad for p in model.parameters() if p.grad is not None)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_train_and_eval_agree_without_stochastic_parts():
+    model = tiny(norm_eval=True)
+    x = torch.randn(2, 3, 64, 80)
+    with torch.no_grad():
+        for a, b in zip(model.train()(x), model.eval()(x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_stochastic_depth_grows_over_all_blocks_and_spares_the_outlookers():
+    model = VOLO(TINY, drop_path_rate=0.5)
+    rates = [getattr(b.drop_path, 'drop_prob', 0.0) for i in range(4) for b in model._stage(i)]
+    assert rates == pytest.approx([0, 0, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_pos_embed_is_kept_in_eval_mode_and_never_outlives_its_weights():
+    model = tiny().eval()
+    x = torch.randn(1, 3, 96, 128)
+    with torch.no_grad():
+        first = model(x)
+        kept = next(iter(model._grids.values()))
+        model(x)
+        assert next(iter(model._grids.values())) is kept and len(model._grids) == 1
+        model.pos_embed.add_(1.0)
+        fresh = copy.deepcopy(model)
+        fresh.train().eval()
+        assert not torch.allclose(model(x)[3], first[3])
+        before = model(x)[3]
+        model.load_state_dict({k: v + 1 if k == 'pos_embed' else v for k, v in model.state_dict().items()}, assign=True)
+        assert not torch.allclose(model(x)[3], before)
+        model.load_state_dict(fresh.state_dict())
+        torch.testing.assert_close(model(x)[3], fresh(x)[3])
+        for side in range(2, 40):
+            model(torch.randn(1, 3, 32, 16 * side))
+        assert len(model._grids) <= 16
+    model(x)[3].sum().backward()  # with gradients nothing kept is used
+    assert model.pos_embed.grad.abs().sum() > 0
+
+
+def test_pos_embed_is_resized_when_a_state_dict_of_another_size_is_loaded():
+    big, small = tiny(img_size=128), tiny(img_size=(64, 96))
+    small.load_state_dict(big.state_dict())
+    expected = F.interpolate(big.pos_embed.permute(0, 3, 1, 2), (4, 6), mode='bicubic', align_corners=False)
+    torch.testing.assert_close(small.pos_embed.detach(), expected.permute(0, 2, 3, 1).detach())
+    assert resize_pos_embed(big.pos_embed, (8, 8)) is big.pos_embed
+
+
+@pytest.mark.parametrize('stages', [0, 1, 2, 4])
+def test_frozen_stages(stages):
+    model = tiny(frozen_stages=stages, drop_path_rate=0.9).train()
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    expected = ['patch_embed.'] + ['network.0.'] * (stages >= 1)
+    expected += ['network.1.', 'network.2.', 'pos_embed'] * (stages >= 2)
+    expected += ['network.3.', 'network.4.'] * (stages == 4)
+    assert frozen == {n for n, _ in model.named_parameters() if n.startswith(tuple(expected))}
+    assert not any(m.training for part in model._frozen_modules() for m in part.modules())
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items() if k.startswith('patch_embed'))
+
+
+def test_norm_eval_freezes_the_statistics_only():
+    model = tiny(norm_eval=True).train()
+    bns = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(bns) == 3 and not any(m.training for m in bns) and all(m.weight.requires_grad for m in bns)
+    assert model.network[0].training
+
+
+def test_sync_bn_becomes_bn_where_it_cannot_work():
+    model = tiny(norm_cfg=dict(type='SyncBN', requires_grad=True))
+    kind = nn.SyncBatchNorm if torch.cuda.is_available() else nn.BatchNorm2d
+    assert type(model.patch_embed.conv[1]) is kind
+    frozen = tiny(norm_cfg=dict(type='BN', requires_grad=False))
+    assert not frozen.patch_embed.conv[1].weight.requires_grad
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_stays_close_to_float32(dtype):
+    model = tiny().eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast('cpu', dtype=dtype):
+            low = model(x)
+    for a, b in zip(low, exact, strict=True):
+        assert a.isfinite().all() and relative_error(a.float(), b) < 0.03
+
+
+def test_half_precision_weights_run():
+    model = tiny().eval().to(torch.bfloat16)
+    with torch.no_grad():
+        assert all(o.dtype == torch.bfloat16 for o in model(torch.randn(1, 3, 80, 64, dtype=torch.bfloat16)))
+
+
+def test_torch_export_traces_one_graph():
+    """What torch.compile needs: no graph break, in eval mode with the kept embeddings too."""
+    model = tiny().eval()
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend='eager', fullgraph=True)
+        for a, b in zip(compiled(x), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    trained = torch.compile(tiny(with_cp=True).train(), backend='aot_eager', fullgraph=True)
+    sum(o.sum() for o in trained(x)).backward()
+
+
+def test_regions_compile_once_for_all_blocks_and_few_times_for_all_sizes():
+    model = tiny().eval()
+    counter = CompileCounterWithBackend('eager')
+    sizes = [(2, 64, 96), (2, 96, 64), (1, 64, 64), (3, 128, 96), (4, 80, 112), (1, 96, 160)]
+    inputs = [torch.randn(B, 3, *size) for B, *size in sizes]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+        compiled = {Block: call_block, PatchEmbed: call_stem}
+        model.calls = {part: torch.compile(call, backend=counter, dynamic=True) for part, call in compiled.items()}
+        for x, outs in zip(inputs, expected, strict=True):
+            for a, b in zip(model(x), outs, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # Stem, first Outlooker, Outlookers and transformers for any size, and again for one picture: not for each shape.
+    assert counter.frame_count <= 9
+
+
+def drawn_norms(model: nn.Module) -> nn.Module:
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.normal_(norm.bias)
+    return model
+
+
+@pytest.mark.parametrize('norm', ['BN', 'without weights', 'GN'])
+def test_the_stem_with_its_norms_folded_is_the_stem(norm):
+    """In eval mode on a CPU; with gradients, and in training, the norms stay what they are."""
+    norm_cfg = dict(type='GN', num_groups=4) if norm == 'GN' else dict(type='BN', affine=norm == 'BN')
+    stem = PatchEmbed(3, 16, 48, norm_cfg).eval()
+    if norm == 'BN':
+        drawn_norms(stem)
+    x, calls = torch.randn(2, 3, 64, 96), []
+    expected = stem.double().proj(stem.conv(x.double())).permute(0, 2, 3, 1).detach()
+    stem.float().conv[4].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        torch.testing.assert_close(stem(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert len(calls) == (norm == 'GN')
+    out = stem(x)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert out.requires_grad and len(calls) == 1 + (norm == 'GN')
+    if norm == 'BN':
+        before = stem.conv[1].running_mean.clone()
+        with torch.no_grad():
+            stem.train()(x)
+        assert len(calls) == 2 and not torch.equal(stem.conv[1].running_mean, before)
+
+
+def test_gpu_norm_without_gradients_keeps_half_precision(gpu):
+    norm = LayerNorm(48).to(gpu)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 5, 48, device=gpu) * 3 + 1
+    expected = F.layer_norm(x.bfloat16().double(), [48], norm.weight.double(), norm.bias.double())
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        with torch.no_grad():
+            low = norm(x.bfloat16())
+            assert low.dtype == torch.bfloat16 and norm(x).dtype == torch.float32
+        assert norm(x.bfloat16()).dtype == torch.float32
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x), F.layer_norm(x, [48], norm.weight, norm.bias))
+    # Half a unit in the last of 8 bits of the result, and of weight and bias.
+    limit = (expected.abs() + (expected - norm.bias).abs() + norm.bias.abs()) * 2**-8
+    assert ((low.double() - expected).abs() <= limit + 1e-6).all()
+
+
+def test_gpu_runs_in_half_precision_and_compiled(gpu):
+    model = tiny(norm_cfg=dict(type='SyncBN')).to(gpu).train()
+    x = torch.randn(2, 3, 70, 90, device=gpu)
+    with torch.autocast('cuda', dtype=torch.bfloat16):
+        sum(o.float().square().mean() for o in torch.compile(model)(x)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_registry_builds_it_and_deepcopy_keeps_it_whole():
+    model = MODELS.build(dict(type='VOLO', arch=TINY, img_size=64, in_channels=4)).eval()
+    x = torch.randn(1, 4, 64, 96)
+    with torch.no_grad():
+        for a, b in zip(model(x), copy.deepcopy(model)(x), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'message'),
+    [
+        (dict(arch='d6'), "one of d1, d2, d3, d4, d5 or a dict of numbers, got 'd6'"),
+        (dict(arch={**TINY, 'width': 3}), 'needs exactly the keys'),
+        (dict(arch={**TINY, 'heads': (2, 4, 4)}), 'as many heads as depths'),
+        (dict(arch={**TINY, 'heads': (2, 5, 4, 4)}), 'width 96 cannot be split into 5 heads'),
+        (dict(arch={**TINY, 'dims': (48, 96, 192, 96)}), 'share one width'),
+        (dict(out_indices=(0, 4)), r'within 0\.\.3; got \(0, 4\)'),
+        (dict(out_indices=(2, 1)), 'ascending'),
+        (dict(out_indices=()), 'ascending'),
+        (dict(frozen_stages=5), 'between -1 and the 4 stages'),
+        (dict(frozen_stages=2, out_indices=(0,)), 'between -1 and the 1 stages'),
+        (dict(img_size=16), 'at least 32 pixels a side, got 16'),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        VOLO(**{'arch': TINY, **kwargs})
