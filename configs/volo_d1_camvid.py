@@ -1,14 +1,14 @@
 """VOLO-D1 + UperNet on CamVid-11, the example for data of your own: crop 352 x 480, batch 16, one GPU, 8k iterations.
 
 python tools/train.py configs/volo_d1_camvid.py
-To use your own data set: copy this file and _base_/camvid.py, then change the data set, its classes and the sizes.
+To use your own data set, copy this file and _base_/datasets/camvid.py, then change the classes, paths and sizes.
 """
 
 _base_ = [
-    './_base_/upernet_volo.py',
-    './_base_/camvid.py',
-    './_base_/schedule_160k.py',
-    './_base_/runtime.py',
+    './_base_/models/upernet_volo.py',
+    './_base_/datasets/camvid.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
 ]
 model = dict(
     data_preprocessor=dict(size={{_base_.crop_size}}),

@@ -4,10 +4,10 @@ tools/dist_train.sh configs/volo_d1_cityscapes.py 8
 """
 
 _base_ = [
-    './_base_/upernet_volo.py',
-    './_base_/cityscapes.py',
-    './_base_/schedule_160k.py',
-    './_base_/runtime.py',
+    './_base_/models/upernet_volo.py',
+    './_base_/datasets/cityscapes.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
 ]
 model = dict(
     data_preprocessor=dict(size={{_base_.crop_size}}),

@@ -4,7 +4,12 @@ python tools/quickstart.py
 The data set has Cityscapes' classes, labels and folders; it shows that training works, not how good VOLO is.
 """
 
-_base_ = ['./_base_/upernet_volo.py', './_base_/cityscapes.py', './_base_/schedule_160k.py', './_base_/runtime.py']
+_base_ = [
+    './_base_/models/upernet_volo.py',
+    './_base_/datasets/cityscapes.py',
+    './_base_/schedules/schedule_160k.py',
+    './_base_/default_runtime.py',
+]
 
 crop_size = (128, 256)
 norm_cfg = dict(type='BN', requires_grad=True)

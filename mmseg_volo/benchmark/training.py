@@ -71,7 +71,7 @@ class Trainer:
 
     def __init__(self, model: EncoderDecoder, case: TrainCase):
         self.model, self.case = model.to(case.device).train(), case
-        # As configs/_base_/schedule_160k.py has it; the same on all sides.
+        # As configs/_base_/schedules/schedule_160k.py has it; the same on all sides.
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, weight_decay=0.01, fused=True)
         self.scaler = torch.amp.GradScaler(torch.device(case.device).type, enabled=case.precision == 'fp16')
 

@@ -1,4 +1,4 @@
-"""What every config shares: the package, logging, checkpoints, pictures."""
+"""What every config shares: the package, logging, checkpoints, visualization, test-time augmentation."""
 
 default_scope = 'mmseg'
 custom_imports = dict(imports=['mmseg_volo'], allow_failed_imports=False)
@@ -28,4 +28,18 @@ log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 load_from = None
 resume = False
+# The five scales of test-time augmentation are the paper's (section 3.4); results that mmseg calls multi-scale include
+# the flip.
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale_factor=r, keep_ratio=True) for r in (0.75, 1.0, 1.25, 1.5, 1.75)],
+            [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
+            [dict(type='LoadCheckedAnnotations')],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
 tta_model = dict(type='StreamingTTAModel')
