@@ -38,7 +38,6 @@ def main() -> None:
         allow_mismatch=args.allow_mismatch,
         cuda_graph=args.cuda_graph,
     )
-    config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='MatchingCheckpointHook')]
     if args.aug_test:
         use_tta(config)
     if args.out:

@@ -13,17 +13,18 @@ from weakref import WeakKeyDictionary
 import mmengine
 import torch
 import torch.distributed as dist
-from mmengine.dist import broadcast_object_list, get_dist_info, is_distributed, is_main_process
+from mmengine.dist import broadcast, broadcast_object_list, get_dist_info, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from torch import Tensor
 
 from ..checkpoints.writing import finish, remove_parts, replace_text, save_error, write
 from ..errors import SaveError, TrainingStopped
+from ..utils.unwrap import bare_model
 from ..version import __version__
+from .loop import ResumableTrainLoop
 from .optim import should_update
 from .sharding import VOLOFullyShardedDataParallel, full_state
 
@@ -54,8 +55,7 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
     if isinstance(runner.model, VOLOFullyShardedDataParallel):
         weights, state = full_state(runner.model, wrapper)
     else:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        weights, state = model.state_dict(), wrapper and wrapper.state_dict()
+        weights, state = bare_model(runner.model).state_dict(), wrapper and wrapper.state_dict()
     if not is_main_process():
         return None
     checkpoint = dict(meta=meta, state_dict=weights, message_hub=runner.message_hub.state_dict())
@@ -162,9 +162,21 @@ class AtomicCheckpointHook(CheckpointHook):
                 self._save_in_between(runner, step)
             self._stop(step)
 
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Rerun an interrupted validation on resume."""
+        loop, measured = runner.train_loop, runner.message_hub.get_info('measured_iter')
+        if isinstance(loop, ResumableTrainLoop) and runner.iter not in (0, measured):
+            loop.validate_again()
+
     def before_val_epoch(self, runner: Runner) -> None:
-        """Let the disk come to its end: validation's workers are forked, which wants no thread at work beside it."""
+        """Wait for the pending write: forking validation workers while a thread runs is unsafe.
+
+        All ranks also take the buffers of the first one, which are those that are saved; SyncBN's are the same anyway.
+        """
         self._raise_everywhere(self._wait())
+        if is_distributed() and not isinstance(runner.model, VOLOFullyShardedDataParallel):
+            for buffer in runner.model.buffers():
+                broadcast(buffer)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Stop a validation within training when a signal came: going on, it will be repeated."""

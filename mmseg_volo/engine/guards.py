@@ -7,37 +7,39 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from ..checkpoints.compatibility import allows_mismatch, check_classes, check_weights, source_of
+from ..checkpoints.compatibility import check_checkpoint
 from ..datasets.checks.labels import likely_cause
 from ..errors import DataError, TrainingDiverged
+from ..utils.unwrap import bare_model
 from .optim import should_update, wrappers_of
 
 
 @HOOKS.register_module()
 class MatchingCheckpointHook(Hook):
-    """For tests: refuses a checkpoint of another model, whatever its type, or of classes with other names.
+    """Check a checkpoint against the model before it is loaded, for runners other than ``VOLORunner``.
 
-    ``model.test_cfg.allow_mismatch=True`` turns it off.
+    In training what fits is loaded and the rest is logged. In a test a checkpoint of another model, or of classes with
+    other names, is refused, unless ``model.test_cfg.allow_mismatch`` is true.
     """
 
+    priority = 'VERY_HIGH'  # EMAHook, too, loads what was read
+
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check what was read, before it goes into the model.
+        """Check what was read.
 
         Raises:
-            CheckpointError: see :func:`check_weights` and :func:`check_classes`.
+            CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`.
         """
-        model = runner.model
-        while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        check_weights(model, checkpoint['state_dict'], source_of(checkpoint['state_dict']))
-        if not allows_mismatch(model):
-            check_classes(checkpoint, getattr(runner.test_dataloader.dataset, 'metainfo', {}).get('classes'))
+        if isinstance(runner._train_loop, BaseLoop):  # training has built it; a test leaves its config
+            check_checkpoint(bare_model(runner.model), checkpoint, 'train')
+        else:
+            metainfo = getattr(runner.test_dataloader.dataset, 'metainfo', {})
+            check_checkpoint(bare_model(runner.model), checkpoint, 'infer', metainfo.get('classes'))
 
 
 @HOOKS.register_module()
@@ -63,7 +65,7 @@ class NonFiniteGuardHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Listen to the model's losses and the optimizer's steps."""
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner.model)
         optimizers = [one.optimizer for one in wrappers_of(runner.optim_wrapper)]
         self.in_row, self.total = runner.message_hub.runtime_info.get('skipped_steps', (0, 0))
         self._buffers = [buffer for buffer in model.buffers() if buffer.numel()]
@@ -193,7 +195,8 @@ class LabelGuardHook(Hook):
     @staticmethod
     def _check(runner: Runner, data_batch: dict | None) -> Iterator[tuple[SegDataSample, bool]]:
         """Each sample that has a label, with whether it has labelled pixels; raises at one that does not fit."""
-        head = _head(runner.model)
+        head = getattr(bare_model(runner.model), 'decode_head', None)
+        head = head[-1] if isinstance(head, nn.ModuleList) else head  # of a cascade the last one decides
         classes, ignore = getattr(head, 'num_classes', None), getattr(head, 'ignore_index', 255)
         if classes is None or not isinstance(data_batch, dict):
             return
@@ -234,14 +237,6 @@ def _refuse(sample: SegDataSample, label: np.ndarray, classes: int, ignore: int)
 
 def _path(sample: SegDataSample) -> str:
     return sample.get('seg_map_path') or sample.get('img_path') or 'a label without a path'
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    """The head that decides, below wrappers for several processes and for test-time augmentation."""
-    while not hasattr(model, 'decode_head') and hasattr(model, 'module'):
-        model = model.module
-    head = getattr(model, 'decode_head', None)
-    return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
 def _flat(samples: Iterable) -> Iterator[SegDataSample]:

@@ -1,9 +1,9 @@
-"""Training whose course does not depend on where it was interrupted.
+"""Training whose result does not depend on where it was interrupted.
 
-All randomness of an iteration is a function of the seed, the iteration and the process; all randomness of a picture's
-augmentation is a function of the seed and the picture's place in the stream of all pictures. So nothing has to be kept
-or replayed to go on exactly: neither the number of workers nor what ran in between (a validation, a restart) matters,
-and several processes see the same pictures, augmented alike, as one with the same batch in all.
+The random numbers of an iteration are a function of the seed, the iteration and the rank. The random numbers of an
+image's augmentation are a function of the seed and the image's place in the stream of all images. So nothing has to be
+kept or replayed to resume exactly: neither the number of workers nor what ran in between (a validation, a restart)
+matters. Several ranks see the same images with the same augmentation as one rank with the same total batch.
 """
 
 import random
@@ -15,16 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dataset import InfiniteSampler
-from mmengine.dist import broadcast, is_distributed
 from mmengine.logging import print_log
 from mmengine.runner import IterBasedTrainLoop
-from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmseg.registry import DATA_SAMPLERS, LOOPS
 from torch.utils.data import Dataset
 
-from .sharding import VOLOFullyShardedDataParallel
-
-_PICTURES, _STEPS = 0, 1  # the two families of random numbers
+_IMAGES, _STEPS = 0, 1  # the two families of random numbers
 
 
 class Draw(int):
@@ -44,10 +40,10 @@ class Draw(int):
 
 @DATA_SAMPLERS.register_module()
 class ResumableSampler(InfiniteSampler):
-    """mmengine's InfiniteSampler, with a seed for each picture's augmentation; it can begin anywhere.
+    """mmengine's InfiniteSampler, with a seed for each image's augmentation. It can start anywhere.
 
     Attributes:
-        start: how many pictures of this process are behind it already.
+        start: how many images of this rank were drawn before.
     """
 
     start = 0
@@ -56,10 +52,10 @@ class ResumableSampler(InfiniteSampler):
         """Indices without end, each with its seed."""
         stream = islice(self._indices_of_rank(), self.start, None)
         for place, index in enumerate(stream, self.start):
-            yield Draw(index, _seed_of(_PICTURES, self.seed, place * self.world_size + self.rank))
+            yield Draw(index, _seed_of(_IMAGES, self.seed, place * self.world_size + self.rank))
 
     def skip(self, num_samples: int) -> None:
-        """Begin after ``num_samples`` pictures of this process, counted from the very first."""
+        """Start after ``num_samples`` images of this rank, counted from the first of training."""
         self.start = num_samples
 
 
@@ -91,54 +87,31 @@ class SeededDataset(Dataset):
 
 @LOOPS.register_module()
 class ResumableTrainLoop(IterBasedTrainLoop):
-    """mmengine's IterBasedTrainLoop, exact in resuming: with a :class:`ResumableSampler` in the data loader.
-
-    A validation that was due at the iteration of the checkpoint, and did not come to its end, is made up for.
-    """
+    """mmengine's IterBasedTrainLoop, exact in resuming: with a :class:`ResumableSampler` in the data loader."""
 
     def run(self) -> torch.nn.Module:
         """Train, from the iteration that was resumed or from the first."""
-        sampler = self.dataloader.sampler
-        if not isinstance(sampler, ResumableSampler) or self.dataloader.batch_size is None:
+        sampler, runner = self.dataloader.sampler, self.runner
+        if isinstance(sampler, ResumableSampler) and self.dataloader.batch_size is not None:
+            # One seed for all ranks, the checkpoint's where the run goes on from one.
+            sampler.seed = runner.seed - runner.rank if runner._randomness_cfg.get('diff_rank_seed') else runner.seed
+        else:
             print_log(
                 f'the sampler is {type(sampler).__name__}: resuming is exact with ResumableSampler only',
                 logger='current',
             )
-            return super().run()
-        runner = self.runner
-        # That of the checkpoint, where the run has none of its own; one for all processes.
-        sampler.seed = runner.seed - runner.rank if runner._randomness_cfg.get('diff_rank_seed') else runner.seed
-        sampler.skip(self._iter * self.dataloader.batch_size)
-        runner.call_hook('before_train')
-        runner.call_hook('before_train_epoch')
-        self.dataloader_iterator = _InfiniteDataloaderIterator(self.dataloader)
-        if self._iter and runner.message_hub.runtime_info.get('measured_iter') != self._iter:
-            self._validate_if_due()
-        while self._iter < self._max_iters and not self.stop_training:
-            runner.model.train()
-            batch = next(self.dataloader_iterator)
-            seed_everything(_STEPS, runner.seed, self._iter, runner.rank)
-            self.run_iter(batch)
-            self._decide_current_val_interval()
-            self._validate_if_due()
-        runner.call_hook('after_train_epoch')
-        runner.call_hook('after_train')
-        return runner.model
+        return super().run()
 
-    def _validate_if_due(self) -> None:
-        if self.runner.val_loop is None or self._iter < self.val_begin:
-            return
-        if self._iter % self.val_interval == 0 or self._iter == self._max_iters:
-            _share_buffers(self.runner.model)
+    def run_iter(self, data_batch: dict) -> None:
+        """Train on one batch, with the random numbers of its iteration."""
+        seed_everything(_STEPS, self.runner.seed, self._iter, self.runner.rank)
+        super().run_iter(data_batch)
+
+    def validate_again(self) -> None:
+        """Validate now where validation is due at this iteration."""
+        due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
+        if self.runner.val_loop is not None and due and self._iter >= self.val_begin:
             self.runner.val_loop.run()
-            self.runner.message_hub.update_info('measured_iter', self._iter)
-
-
-def _share_buffers(model: torch.nn.Module) -> None:
-    """Give all processes the first one's running statistics, which are those that are saved; SyncBN's are the same."""
-    if is_distributed() and not isinstance(model, VOLOFullyShardedDataParallel):
-        for buffer in model.buffers():
-            broadcast(buffer)
 
 
 def seed_everything(*key: int) -> None:

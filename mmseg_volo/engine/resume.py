@@ -11,18 +11,18 @@ from ..errors import CheckpointError
 _NAME = re.compile(r'(iter|epoch)_(\d+)\.pth')
 
 
-def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> str | None:
+def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> tuple[str, dict] | None:
     """The newest whole checkpoint of a training run.
 
-    Newest is what was saved last, by the time that the file itself carries; neither ``last_checkpoint``, which may be
-    missing or name a folder that was moved, nor the files' own times are needed. The file is read once from end to end.
+    Newest is what was saved last, by the time noted inside the file. Neither ``last_checkpoint``, which may be missing
+    or name a folder that was moved, nor the times of the files are needed. The tensors of one file are read, once.
 
     Args:
         folders: where to look.
         logger: told of every file that is passed over, and why.
 
     Returns:
-        Its path, or None where there is no checkpoint at all.
+        Its path and its content, or None where there is no checkpoint at all.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them is whole.
@@ -32,19 +32,20 @@ def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> str | None:
     dated = []
     for file in sorted(files):
         try:
-            dated.append((*_saved_at(file), file))
+            dated.append((*(_saved_at(file) if len(files) > 1 else ()), file))
         except (CheckpointError, OSError) as error:
             broken.append(str(error))
     for *_, file in sorted(dated, reverse=True):
         try:
-            check_resumable(load_from_local(str(file), 'cpu'), file)
+            content = load_from_local(str(file), 'cpu')
+            check_resumable(content, file)
         except (CheckpointError, OSError) as error:
             broken.append(str(error))
             continue
         for error in broken:
             logger.warning(f'RESUME: passed over {error}')
         logger.info(f'RESUME: going on from {file}, the newest whole one of {len(files)} checkpoints')
-        return str(file)
+        return str(file), content
     if broken:
         raise CheckpointError(
             f'--resume: none of {len(broken)} checkpoints is whole: {"; ".join(broken)}. Copy them again, or move them '

@@ -16,14 +16,17 @@ from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_ma
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import Runner
-from mmseg.registry import DATASETS, RUNNERS
+from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner.checkpoint import _load_checkpoint_to_model
+from mmseg.registry import RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..checkpoints.compatibility import Mode, check_checkpoint
 from ..checkpoints.writing import save
-from ..datasets.checks.check import check_not_empty, quick_check
+from ..datasets.checks.check import build_checked, check_not_empty, quick_check
 from ..errors import CheckpointError, ConfigError, ProcessLost, TrainingStopped
+from ..utils.unwrap import bare_model
 from .checkpoint_hook import AtomicCheckpointHook, collect
 from .distributed import init_gloo, watch_over
 from .loop import SeededDataset, seed_everything
@@ -42,6 +45,9 @@ class VOLORunner(Runner):
     is passed over with a warning. Then no pretrained backbone is read, since the checkpoint replaces it.
     """
 
+    _mode: Mode = 'infer'
+    _found: tuple[str, dict] | None = None  # the checkpoint to resume from, and its content, read already
+
     def train(self) -> nn.Module:
         """As in mmengine.
 
@@ -53,9 +59,11 @@ class VOLORunner(Runner):
         """
         watch = watch_over(self.cfg.get('watch_patience', 40))
         try:
-            for loader in (self._train_dataloader, self._val_dataloader):
+            self._mode = 'train'
+            for name in ('_train_dataloader', '_val_dataloader'):
+                loader = getattr(self, name)
                 if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
-                    quick_check(loader['dataset'])
+                    setattr(self, name, dict(loader, dataset=build_checked(loader['dataset'], quick_check)))
             self._find_resume_point()
             return super().train()
         except TrainingStopped:
@@ -77,11 +85,10 @@ class VOLORunner(Runner):
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
         """As in mmengine, with augmentation by the seeds of a :class:`~mmseg_volo.engine.loop.ResumableSampler`."""
-        if isinstance(dataloader, dict) and isinstance(dataloader.get('dataset'), dict):
-            check_not_empty(dataloader['dataset'])
-            dataset = DATASETS.build(dataloader['dataset'])
-            if hasattr(dataset, 'full_init'):
-                dataset.full_init()
+        if isinstance(dataloader, dict):
+            dataset = dataloader['dataset']
+            if isinstance(dataset, dict):
+                dataset = build_checked(dataset, check_not_empty)
             dataloader = dict(dataloader, dataset=SeededDataset(dataset))
             if dataloader.get('num_workers') and 'worker_init_fn' not in dataloader:
                 dataloader['worker_init_fn'] = dict(type=_init_worker, seed=seed, rank=get_rank())
@@ -135,15 +142,36 @@ class VOLORunner(Runner):
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = ((r'^module.', ''),),
     ) -> dict:
-        """As in mmengine; to resume from, the file must hold the state of a training run, not weights alone."""
-        with whole_parameters(self.model):
-            checkpoint = super().load_checkpoint(filename, map_location, strict, list(revise_keys))
+        """As in mmengine, after checking the file against the model.
+
+        Training loads what fits and logs the rest. A test refuses a checkpoint of another model or of other classes. To
+        resume, the file must hold the state of a training run.
+
+        Raises:
+            CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint` and
+                :func:`~mmseg_volo.engine.resume.check_resumable`.
+        """
+        path, checkpoint = self._found or (None, None)
+        self._found = None
+        if path != filename:
+            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location, 'current')
+        model = bare_model(self.model)
         if self._resume:
             check_resumable(checkpoint, Path(filename))
+        classes = None
+        if self._mode == 'infer':
+            classes = getattr(self.test_dataloader.dataset, 'metainfo', {}).get('classes')
+        check_checkpoint(model, checkpoint, 'resume' if self._resume else self._mode, classes)
+        self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
+        with whole_parameters(self.model):
+            _load_checkpoint_to_model(model, checkpoint, strict, 'current', list(revise_keys))
+        self._has_loaded = True
+        self.logger.info(f'Load checkpoint from {filename}')
+        if self._resume:
             before = checkpoint['meta'].get('world_size', self.world_size)
             if before != self.world_size:
                 self.logger.warning(
-                    f'RESUME: saved by {before} processes, going on with {self.world_size}: other pictures from here on'
+                    f'RESUME: saved by {before} ranks, going on with {self.world_size}: other images from here on'
                 )
             if isinstance(self.model, VOLOFullyShardedDataParallel):
                 checkpoint['optimizer'] = share_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
@@ -152,18 +180,19 @@ class VOLORunner(Runner):
     def _find_resume_point(self) -> None:
         if not self._resume or (self._load_from is not None and not self.cfg.get('auto_resume')):
             return
-        # The first process decides for all, since another's view of a shared folder may be older.
-        found = [None, None]
+        # The first rank decides for all, since another's view of a shared folder may be older.
+        told = [None, None]
         if is_main_process():
             try:
-                found[0] = newest_checkpoint(self._checkpoint_folders(), self.logger)
+                self._found = newest_checkpoint(self._checkpoint_folders(), self.logger)
+                told[0] = self._found and self._found[0]
             except CheckpointError as error:
-                found[1] = str(error)
-        broadcast_object_list(found)
-        if found[1]:
-            raise CheckpointError(found[1])
-        if found[0]:
-            self._load_from = found[0]
+                told[1] = str(error)
+        broadcast_object_list(told)
+        if told[1]:
+            raise CheckpointError(told[1])
+        if told[0]:
+            self._load_from = told[0]
         else:
             self._resume = False
             self.logger.warning(
@@ -254,4 +283,6 @@ def build_runner(config: Config) -> Runner:
         ConfigError: see :func:`check_vis_backends`.
     """
     check_vis_backends(config)
+    if config.get('runner_type') != 'VOLORunner':
+        config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='MatchingCheckpointHook')]
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

@@ -1,4 +1,4 @@
-"""``init_model`` as in mmseg, which runs on what there is and knows the classes of the config's data set."""
+"""Build a model from a config and a checkpoint, as mmseg's ``init_model`` does."""
 
 import copy
 from collections.abc import Mapping
@@ -9,18 +9,12 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
-from mmengine.runner import load_checkpoint
+from mmengine.runner import CheckpointLoader, load_state_dict
 from mmseg.registry import DATASETS
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from ..checkpoints.compatibility import (
-    allows_mismatch,
-    check_class_names,
-    check_classes,
-    check_weights,
-    dataset_meta_of,
-    source_of,
-)
+from ..checkpoints.compatibility import check_checkpoint, check_class_names, dataset_meta_of
 from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
 from ..utils.devices import check_device
 
@@ -33,8 +27,8 @@ def init_model(
 ) -> nn.Module:
     """Build a config's model and load a checkpoint into it: mmseg's :func:`~mmseg.apis.init_model`, with differences.
 
-    ``device`` is by default what there is, not ``'cuda:0'``; a ``config`` object is not changed; weights without
-    ``meta`` are taken, and names and colours of the classes then come from the config's data set. A checkpoint of
+    The default ``device`` is a GPU where there is one, else the CPU. A ``config`` object is not changed. Weights
+    without ``meta`` are taken; names and colours of the classes then come from the config's data set. A checkpoint of
     another model, or of classes with other names, is refused unless ``model.test_cfg.allow_mismatch`` is true.
 
     Args:
@@ -59,41 +53,39 @@ def init_model(
     if cfg_options:
         config.merge_from_dict(cfg_options)
     if is_onnx(checkpoint):
-        config, checkpoint = exported_config(config, checkpoint, device), None
+        config, checkpoint = with_onnx(config, checkpoint, device)[0], None
     model = mmseg.apis.init_model(config, device='cpu')
     init_default_scope(config.get('default_scope', 'mmseg'))
-    known = dataset_meta(config)
-    given = {}
+    known, content = dataset_meta(config), None
     if isinstance(model.backbone, OnnxNetwork):
-        given = model.backbone.about
-    if checkpoint is not None:
-        content = load_checkpoint(model, str(checkpoint), map_location='cpu')
-        # Models of this package have checked it on loading; to others it is new.
-        check_weights(model, content['state_dict'], source_of(content['state_dict']))
-        if not allows_mismatch(model):
-            check_classes(content, known.get('classes'))
-        given = dataset_meta_of(content)
-    model.dataset_meta = _complete(given, known, model.decode_head.num_classes)
+        content = model.backbone.content
+    elif checkpoint is not None:
+        content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'current')
+    if content is not None:
+        check_checkpoint(model, content, 'infer', known.get('classes'))
+        consume_prefix_in_state_dict_if_present(content['state_dict'], 'module.')
+        load_state_dict(model, content['state_dict'], logger='current')
+    model.dataset_meta = _complete(dataset_meta_of(content or {}), known, model.decode_head.num_classes)
     return model.to(device).eval()
 
 
 def exported_config(config: Config, path: str, device: str, allow_mismatch: bool = False) -> Config:
-    """A config with an exported file in the place of its model's network, after comparing their classes.
+    """A config whose network is an exported file, after comparing the classes of both, for a runner.
 
     Args:
         config: it is not changed.
         path: an ``.onnx`` file of ``tools/export.py``.
         device: where it runs.
-        allow_mismatch: take other classes than the data set's; as ``model.test_cfg.allow_mismatch``.
+        allow_mismatch: take other classes than those of the data set.
 
     Raises:
         CheckpointError: the names of the classes differ.
         CheckpointError, ConfigError, FileNotFoundError: see :func:`~mmseg_volo.models.onnx.with_onnx`.
     """
-    config, about = with_onnx(config, path, device)
+    config, content = with_onnx(config, path, device)
     known = dataset_meta(config).get('classes')
-    if known and not allow_mismatch and not (config.model.test_cfg or {}).get('allow_mismatch'):
-        check_class_names(about['classes'], known, path)
+    if known and not allow_mismatch and not config.model.test_cfg.get('allow_mismatch'):
+        check_class_names(dataset_meta_of(content)['classes'], known, path)
     return config
 
 

@@ -14,10 +14,10 @@ from mmengine.device import get_device
 from mmseg.registry import MODELS
 from torch import nn
 
-from ..models.onnx import is_onnx
+from ..models.onnx import is_onnx, with_onnx
 from ..models.windows import WindowNetwork
 from .images import as_bgr
-from .model import exported_config, init_model
+from .model import init_model
 from .options import check_tta, set_inference_options
 
 
@@ -58,8 +58,7 @@ class Predictor:
     ):
         config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
         if is_onnx(checkpoint):
-            allowed = bool(options.get('allow_mismatch'))
-            config, checkpoint = exported_config(config, checkpoint, device or get_device(), allowed), None
+            config, checkpoint = with_onnx(config, checkpoint, device or get_device())[0], None
         self._config = copy.deepcopy(config)
         set_inference_options(config, aug_test, **options)
         self._segmentor = init_model(config, checkpoint, device)

@@ -6,6 +6,7 @@ Windows, test-time augmentation and metrics around the network stay as they are.
 import copy
 import importlib.util
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, ConfigError
 
-# Options that a file settles when it is exported, or that are PyTorch's.
+STEP = 16  # height and width of dynamic inputs are multiples of this
+METADATA_KEY = 'mmseg_volo'
+COARSE = 'coarse_logits'  # the output with the logits of the decode head, before they are upsampled
+# Options that a file fixes when it is exported, or that only PyTorch has.
 SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph'
+Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def is_onnx(checkpoint: object) -> bool:
@@ -33,7 +38,7 @@ def is_onnx(checkpoint: object) -> bool:
 def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, dict]:
     """The config of a segmentor whose network is an ONNX file.
 
-    A file of one size gets windows of that size, where the config has others.
+    A file of one input size gets windows of that size, where the config has others.
 
     Args:
         config: the one that the file was exported with; it is not changed.
@@ -41,12 +46,13 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
         device: 'cpu', 'cuda', 'cuda:1', ...
 
     Returns:
-        The config, and what the file says of itself: ``classes``, ``palette`` and so on.
+        The config, and the file's content as a checkpoint has it; see :class:`OnnxNetwork`.
 
     Raises:
-        CheckpointError, ConfigError, FileNotFoundError: see :func:`~mmseg_volo.models.onnx.open_onnx`.
+        CheckpointError, ConfigError, FileNotFoundError: see :func:`open_onnx`.
     """
-    about = open_onnx(path, device)[1]
+    content = _as_checkpoint(open_onnx(path, device)[1], path)
+    about = content['meta']['exported']
     config = copy.deepcopy(config)
     model = config.model
     model.backbone = dict(type='OnnxNetwork', path=str(path), device=str(device))
@@ -65,75 +71,20 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
             stride = tuple(-(-side * 2 // 3) for side in size)
             test_cfg.update(mode='slide', crop_size=size, stride=stride)
             print_log(
-                f'{path} takes {size[0]} x {size[1]} pixels: pictures are predicted in windows of this size at a '
+                f'{path} takes {size[0]} x {size[1]} pixels: images are predicted in windows of this size at a '
                 f'stride of {stride[0]} x {stride[1]}; a file exported with --dynamic follows the config',
                 logger='current',
             )
     model.test_cfg = test_cfg
-    return config, about
+    return config, content
 
 
-@MODELS.register_module()
-class OnnxNetwork(BaseModule):
-    """Backbone and decode head in an ONNX file, run by onnxruntime.
-
-    Takes prepared pictures (B, 3, H, W); those that the file does not take are padded with zeros at the right and the
-    bottom. Returns the decode head's logits ((B, C, h, w),).
-
-    Args:
-        path: of a file written by ``tools/export.py``.
-        device: where onnxruntime runs it.
-    """
-
-    def __init__(self, path: str, device: str = 'cpu'):
-        super().__init__()
-        self.path, self.device = path, device
-        self._run, self.about = open_onnx(path, device)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        size = tuple(x.shape[2:])
-        padded = self.about['size'] or [max(-(-side // STEP), 2) * STEP for side in size]
-        if any(side > limit for side, limit in zip(size, padded, strict=True)):
-            raise ValueError(
-                f'{self.path} takes pictures of {padded[0]} x {padded[1]} pixels, got {size[0]} x {size[1]}'
-            )
-        image = F.pad(x.float(), (0, padded[1] - size[1], 0, padded[0] - size[0]))
-        if self.about['preprocess']:
-            image = self._raw(image)
-        (coarse,) = self._run(np.ascontiguousarray(image.cpu().numpy()), [COARSE])
-        rows, columns = (-(-side * of // limit) for side, of, limit in zip(size, coarse.shape[2:], padded, strict=True))
-        return (torch.from_numpy(coarse[:, :, :rows, :columns]).to(x.device),)
-
-    def _raw(self, image: Tensor) -> Tensor:
-        """The picture (B, H, W, 3), BGR, uint8, that was prepared outside: the file prepares it again."""
-        mean, std = (image.new_tensor(self.about[name]).view(3, 1, 1) for name in ('mean', 'std'))
-        raw = (image * std + mean).round().clamp(0, 255).to(torch.uint8)
-        if self.about['swap']:
-            raw = raw.flip(1)
-        return raw.permute(0, 2, 3, 1)
-
-
-@MODELS.register_module()
-class OnnxHead(BaseDecodeHead):
-    """Hands on the logits of :class:`OnnxNetwork`; what mmseg does with a head's logits follows."""
-
-    def __init__(self, num_classes: int, out_channels: int, threshold: float | None, align_corners: bool):
-        super().__init__(
-            in_channels=1,
-            channels=1,
-            num_classes=num_classes,
-            out_channels=out_channels,
-            threshold=threshold,
-            align_corners=align_corners,
-        )
-
-    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        return inputs[0]
-
-
-STEP = 16  # sides of dynamic inputs are multiples of this
-METADATA_KEY = 'mmseg_volo'
-Run = Callable[[np.ndarray], list[np.ndarray]]
+def _as_checkpoint(about: dict, path: str | Path) -> dict:
+    """What the file says of itself, in the form of a checkpoint without weights."""
+    state = OrderedDict()
+    state._metadata = {'': dict(source=str(path))}
+    dataset_meta = dict(classes=about['classes'], palette=about['palette'])
+    return dict(state_dict=state, meta=dict(dataset_meta=dataset_meta, exported=about))
 
 
 def check_packages(*names: str) -> None:
@@ -144,12 +95,12 @@ def check_packages(*names: str) -> None:
 
 
 def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[Run, dict]:
-    """An ONNX file, ready to run: a function from an input to its two outputs, and what the file says of itself.
+    """Open an ONNX file: a function from an input to its two outputs, and what the file says of itself.
 
     Args:
         path: written by ``tools/export.py``.
         device: 'cpu', 'cuda', 'cuda:1', ...; the latter need onnxruntime-gpu.
-        threads: for each picture; by default as many as PyTorch has.
+        threads: for each image; by default as many as PyTorch has.
 
     Raises:
         ConfigError: onnxruntime is not installed, or not for this device.
@@ -185,4 +136,64 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[
     return run, about
 
 
-COARSE = 'coarse_logits'
+@MODELS.register_module()
+class OnnxNetwork(BaseModule):
+    """Backbone and decode head in an ONNX file, run by onnxruntime.
+
+    Takes normalised images (B, 3, H, W). An image whose size the file does not take is padded with zeros at the right
+    and the bottom. Returns the logits of the decode head, ((B, C, h, w),).
+
+    Args:
+        path: of a file written by ``tools/export.py``.
+        device: where onnxruntime runs it.
+
+    Attributes:
+        content: the file as a checkpoint: no weights, and ``meta`` with ``dataset_meta`` (``classes``, ``palette``) and
+            ``exported`` (size, precision and what else ``tools/export.py`` notes).
+    """
+
+    def __init__(self, path: str, device: str = 'cpu'):
+        super().__init__()
+        self.path, self.device = path, device
+        self._run, self._about = open_onnx(path, device)
+        self.content = _as_checkpoint(self._about, path)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        size = tuple(x.shape[2:])
+        padded = self._about['size'] or [max(-(-side // STEP), 2) * STEP for side in size]
+        if any(side > limit for side, limit in zip(size, padded, strict=True)):
+            raise ValueError(f'{self.path} takes images of {padded[0]} x {padded[1]} pixels, got {size[0]} x {size[1]}')
+        image = F.pad(x.float(), (0, padded[1] - size[1], 0, padded[0] - size[0]))
+        if self._about['preprocess']:
+            image = self._raw(image)
+        (coarse,) = self._run(np.ascontiguousarray(image.cpu().numpy()), [COARSE])
+        rows, columns = (-(-side * of // limit) for side, of, limit in zip(size, coarse.shape[2:], padded, strict=True))
+        return (torch.from_numpy(coarse[:, :, :rows, :columns]).to(x.device),)
+
+    def _raw(self, image: Tensor) -> Tensor:
+        """Undo the normalisation, (B, H, W, 3), BGR, uint8: the file does it itself."""
+        mean, std = (image.new_tensor(self._about[name]).view(3, 1, 1) for name in ('mean', 'std'))
+        raw = (image * std + mean).round().clamp(0, 255).to(torch.uint8)
+        if self._about['swap']:
+            raw = raw.flip(1)
+        return raw.permute(0, 2, 3, 1)
+
+
+@MODELS.register_module()
+class OnnxHead(BaseDecodeHead):
+    """Return the logits of :class:`OnnxNetwork`; mmseg treats them as those of any head."""
+
+    def __init__(self, num_classes: int, out_channels: int, threshold: float | None, align_corners: bool):
+        super().__init__(
+            in_channels=1,
+            channels=1,
+            num_classes=num_classes,
+            out_channels=out_channels,
+            threshold=threshold,
+            align_corners=align_corners,
+            init_cfg=None,
+        )
+        self.conv_seg = nn.Identity()  # the file holds all weights
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        return inputs[0]

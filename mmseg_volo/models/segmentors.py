@@ -73,9 +73,9 @@ class StreamingEncoderDecoder(EncoderDecoder):
         return super().cuda(device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
-        # What comes from a file says so; whoever has a state dict from elsewhere knows what is in it.
-        if not prefix and 'source' in local_metadata:
-            check_weights(self, state_dict, local_metadata['source'])
+        # mmseg's own entry points load without a check. The runner and init_model have checked already.
+        if not prefix:
+            check_weights(self, state_dict, 'infer')
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def test_step(self, data: dict | tuple | list) -> SampleList:

@@ -17,9 +17,8 @@ import torch
 from evil import Evil
 from mmengine.config import Config
 from mmengine.logging import MMLogger
-from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
+from mmengine.runner import CheckpointLoader, Runner, load_checkpoint, load_state_dict
 from mmseg.apis import MMSegInferencer, inference_model
 from mmseg.apis import init_model as mmseg_init_model
 from mmseg.registry import HOOKS, MODELS
@@ -29,9 +28,8 @@ from torch import nn
 
 import mmseg_volo.checkpoints.reading
 from mmseg_volo import CheckpointError, ConfigError, init_model
-from mmseg_volo.checkpoints.compatibility import check_classes
+from mmseg_volo.checkpoints.compatibility import check_checkpoint
 from mmseg_volo.checkpoints.reading import load_from_local
-from mmseg_volo.engine.guards import MatchingCheckpointHook
 from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.inference import Predictor, as_bgr
 from mmseg_volo.inference.model import dataset_meta
@@ -165,13 +163,13 @@ def test_what_is_not_from_a_file_is_its_callers_affair(tmp_path):
 
 def test_fine_tuning_takes_what_fits_and_logs_the_rest(tmp_path, log):
     path = saved(tmp_path / 'camvid.pth', classes=11, aux=True)
-    model = MODELS.build(config().model)
-    model.init_weights()  # as mmengine's Runner does before load_from
-    load_checkpoint(model, path, logger='current')
+    model, content = MODELS.build(config().model), load_from_local(path)
+    check_checkpoint(model, content, 'train')
+    load_state_dict(model, content['state_dict'], logger='current')
     assert torch.equal(model.backbone.pos_embed, load_from_local(path)['state_dict']['backbone.pos_embed'])
     line = next(line for line in log() if 'entries are loaded' in line)
     total = len(load_from_local(path)['state_dict'])
-    assert f'camvid.pth: {total - 2 - 4} of its {total} entries are loaded. Left out, or kept at their start' in line
+    assert f'camvid.pth: {total - 2 - 4} of its {total} entries are loaded. The rest is left out or keeps its' in line
     assert '4 unexpected: auxiliary_head.conv_seg.weight, ' in line
     assert '2 of other shape: decode_head.conv_seg.weight is (11, 16, 1, 1), expected (19, 16, 1, 1)' in line
 
@@ -203,11 +201,23 @@ def test_runners_fine_tune_with_averaging_but_do_not_test(runner_type, tmp_path)
         runner_type=runner_type, load_from=path, custom_hooks=[dict(type='EMAHook')], experiment_name=runner_type
     )
     build_runner(train_config(tmp_path, **options)).train()
-    options.update(custom_hooks=[dict(type='MatchingCheckpointHook')], experiment_name=f'{runner_type} test')
+    options.update(custom_hooks=[], experiment_name=f'{runner_type} test')
     with pytest.raises(CheckpointError, match=r'camvid\.pth: not the weights'):
         build_runner(train_config(tmp_path, **options)).test()
-    averaged = ExponentialMovingAverage(MODELS.build(config().model))
-    load_checkpoint(averaged.module, path)  # as EMAHook does
+
+
+def test_a_frozen_segmentor_is_checked_too(tmp_path):
+    path = saved(tmp_path / 'camvid.pth', classes=11)
+    frozen = MODELS.build(config().model).requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r'camvid\.pth: not the weights'):
+        load_checkpoint(frozen, path)
+
+
+def test_resuming_needs_every_weight(tmp_path):
+    content = load_from_local(saved(tmp_path / 'x.pth'))
+    model = MODELS.build(config(aux=True, test_cfg=dict(mode='whole', allow_mismatch=True)).model)
+    with pytest.raises(CheckpointError, match=r'missing: auxiliary_head.*load_from=FILE in place of --resume'):
+        check_checkpoint(model, content, 'resume')
 
 
 def test_class_names_are_compared(tmp_path):
@@ -221,19 +231,20 @@ def test_class_names_are_compared(tmp_path):
     assert Predictor(config(), path, 'cpu', allow_mismatch=True).classes[3] == 'ceiling'
     content = load_from_local(path)
     with pytest.raises(CheckpointError, match='has 19 classes, the data set 2'):
-        check_classes(content, ('a', 'b'))
-    check_classes(content, None)
-    check_classes(dict(state_dict={}, meta={}), names)
-    check_classes(content, [name.upper() for name in other])
+        check_checkpoint(MODELS.build(config().model), content, 'infer', ('a', 'b'))
+    model = MODELS.build(config().model)
+    check_checkpoint(model, content, 'infer')
+    check_checkpoint(model, dict(state_dict={}, meta={}), 'infer', names)
+    check_checkpoint(model, content, 'infer', [name.upper() for name in other])
 
 
 def test_the_hook_of_tests_compares_names_and_models_of_any_type(tmp_path):
     hook = HOOKS.build(dict(type='MatchingCheckpointHook'))
-    assert isinstance(hook, MatchingCheckpointHook)
     names = dataset_meta(config())['classes']
     dataset = SimpleNamespace(metainfo=dict(classes=names))
     model = MODELS.build(config(type='EncoderDecoder').model)
-    runner = SimpleNamespace(model=model, test_dataloader=SimpleNamespace(dataset=dataset))
+    loader = SimpleNamespace(dataset=dataset)
+    runner = SimpleNamespace(model=model, test_dataloader=loader, _train_loop=dict(max_iters=1))
     content = load_from_local(saved(tmp_path / 'x.pth'))
     hook.after_load_checkpoint(runner, content)
     with pytest.raises(CheckpointError, match='2 of other shape'):

@@ -6,7 +6,7 @@ files on a server, other keys) is checked as far as it is understood, and the lo
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -16,6 +16,8 @@ from itertools import chain
 import numpy as np
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmseg.registry import DATASETS
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...errors import DataError
@@ -60,26 +62,49 @@ class SplitReport:
         return [finding for finding in self.findings if not finding.fault]
 
 
-def check_not_empty(dataset_cfg: Mapping) -> None:
-    """Raise DataError where a data set has no files; it names the folder and the suffix that was looked for.
+def build_checked(dataset_cfg: Mapping, check: Callable[[Mapping, Dataset], None]) -> Dataset:
+    """Build a data set, and check it by the files that it has listed.
+
+    Args:
+        dataset_cfg: its config, wrappers such as ``ConcatDataset`` included.
+        check: :func:`check_not_empty` or :func:`quick_check`.
+
+    Raises:
+        DataError: from ``check``, or because a folder is missing or empty.
+    """
+    try:
+        dataset = DATASETS.build(dataset_cfg)
+        if hasattr(dataset, 'full_init'):
+            dataset.full_init()
+    except Exception:
+        check_not_empty(dataset_cfg)  # names the folder that is missing or empty
+        raise
+    check(dataset_cfg, dataset)
+    return dataset
+
+
+def check_not_empty(dataset_cfg: Mapping, dataset: Dataset | None = None) -> None:
+    """Raise DataError where a data set has no files. The error names the folder and the suffix that was looked for.
 
     Args:
         dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included.
+        dataset: what was built from it, if it was.
     """
-    _raise(chain.from_iterable(source.findings for source in find_sources(dataset_cfg, '', _log)))
+    _raise(chain.from_iterable(source.findings for source in find_sources(dataset_cfg, '', _log, built=dataset)))
 
 
-def quick_check(dataset_cfg: Mapping, num_files: int = 32) -> None:
+def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files: int = 32) -> None:
     """Raise DataError where training on a data set, or validation, is bound to fail or to be silently wrong.
 
-    Looks whether all files are there and reads a spread sample of them; takes a second or two.
+    It checks that all files are there, and reads a spread sample of them. This takes a second or two.
 
     Args:
         dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included. One with transforms, keys or a
             file server that this check does not know passes, and the log says so.
+        dataset: what was built from it, if it was: its files are not listed again.
         num_files: size of the sample.
     """
-    sources = find_sources(dataset_cfg, '', _log)
+    sources = find_sources(dataset_cfg, '', _log, built=dataset)
     for source in sources:
         findings = source.findings + missing_files(source)
         _raise(findings)

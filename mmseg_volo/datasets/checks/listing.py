@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from mmseg.registry import DATASETS
+from torch.utils.data import Dataset
 
 from ..street_scenes import StreetSceneDataset
 
@@ -65,21 +66,33 @@ class LeftOut(Exception):
     """A data set of a kind that is not understood."""
 
 
-def find_sources(cfg: Mapping, split: str, left_out: Callable[[str], None], draw: bool = False) -> list[Source]:
-    """The data sets below all wrappers; ``left_out`` is called with the reason for each that is not understood."""
+def find_sources(
+    cfg: Mapping, split: str, left_out: Callable[[str], None], draw: bool = False, built: Dataset | None = None
+) -> list[Source]:
+    """The data sets below all wrappers.
+
+    Args:
+        cfg: config of a data set.
+        split: its name in findings.
+        left_out: called with the reason for each data set that is not understood.
+        draw: draw the scenes of a ``StreetSceneDataset`` where they are missing.
+        built: what was built from ``cfg``, if it was. Its files are not listed again.
+    """
     inner = cfg.get('datasets') or cfg.get('dataset')
     if inner:
         several = inner if isinstance(inner, Sequence) else [inner]
         if all(isinstance(each, Mapping) for each in several):
-            return list(chain.from_iterable(find_sources(each, split, left_out, draw) for each in several))
+            below = getattr(built, 'datasets', None) or [getattr(built, 'dataset', None)] * len(several)
+            found = [find_sources(one, split, left_out, draw, of) for one, of in zip(several, below, strict=True)]
+            return list(chain.from_iterable(found))
     try:
-        return [_open(cfg, split, draw)]
+        return [_open(cfg, split, draw, built)]
     except LeftOut as reason:
         left_out(f'{cfg.get("type")} is not checked: {reason}')
         return []
 
 
-def _open(cfg: Mapping, split: str, draw: bool) -> Source:
+def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source:
     """List a data set's files; where they cannot be listed for want of a folder, that is its only finding."""
     kind = cfg.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
@@ -104,11 +117,14 @@ def _open(cfg: Mapping, split: str, draw: bool) -> Source:
         label=_reader(steps, ('LoadAnnotations', 'LoadCheckedAnnotations'), 'unchanged', 'pillow'),
     )
     try:
-        dataset = DATASETS.build(dict(cfg, lazy_init=True, pipeline=[]))
-        dataset.data_list = dataset.load_data_list()
-        dataset.data_list = dataset.filter_data()
+        dataset = DATASETS.build(dict(cfg, lazy_init=True, pipeline=[])) if built is None else built
         indices = getattr(dataset, '_indices', None)
-        infos = dataset.data_list if indices is None else dataset._get_unserialized_subset(indices)
+        if built is not None:
+            infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+        else:
+            dataset.data_list = dataset.load_data_list()
+            dataset.data_list = dataset.filter_data()
+            infos = dataset.data_list if indices is None else dataset._get_unserialized_subset(indices)
     except Exception as error:
         needed = [folder for folder in folders if not os.path.isdir(folder)]
         if listing := cfg.get('ann_file'):
