@@ -200,8 +200,7 @@ def _classes(
             f'{checkpoint}: its classes ({", ".join(names[:4])}, ...) are not those of the data set in the config '
             f'({", ".join(expected[:4])}, ...); give the config that it was trained with as --config FILE'
         )
-    head = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
-    if not names and len(expected) == head.num_classes:
+    if not names and len(expected) == len(model.dataset_meta['classes']):  # as many as the head predicts
         names = expected
     if not names:
         return None, None
