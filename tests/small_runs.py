@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from torch import nn
 
 from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.utils.config import load_config
@@ -39,6 +40,19 @@ param_scheduler = [
 ]
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, save_best='mIoU', max_keep_ckpts=2))
 """
+
+
+def checkpoint(step: int = 10) -> dict:
+    """One of the form that training saves."""
+    torch.manual_seed(step)
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 20))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(8, 40)).sum().backward()
+    optimizer.step()
+    meta = dict(epoch=0, iter=step, saved_at=float(step), sealed_by='mmseg_volo', cfg='a = 1\n')
+    return dict(
+        meta=meta, state_dict=model.state_dict(), optimizer=optimizer.state_dict(), message_hub=dict(runtime_info={})
+    )
 
 
 def write_config(folder: Path, data: Path | None = None, more: str = '') -> Path:

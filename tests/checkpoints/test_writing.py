@@ -15,33 +15,20 @@ import numpy as np
 import pytest
 import torch
 from evil import Evil
-from torch import nn
+from small_runs import checkpoint
 
-from mmseg_volo.checkpoints import writing as saving
+from mmseg_volo.checkpoints import writing
 from mmseg_volo.checkpoints.reading import CheckpointError, load_from_local, read_meta
 from mmseg_volo.checkpoints.writing import seal_holds
 from mmseg_volo.engine.resume import newest_checkpoint
 from mmseg_volo.errors import SaveError
 
-LOGGER = logging.getLogger('test_saving')
-
-
-def checkpoint(step: int = 10) -> dict:
-    """One of the form that training saves."""
-    torch.manual_seed(step)
-    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 20))
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(8, 40)).sum().backward()
-    optimizer.step()
-    meta = dict(epoch=0, iter=step, saved_at=float(step), sealed_by='mmseg_volo', cfg='a = 1\n')
-    return dict(
-        meta=meta, state_dict=model.state_dict(), optimizer=optimizer.state_dict(), message_hub=dict(runtime_info={})
-    )
+LOGGER = logging.getLogger('test_writing')
 
 
 def test_a_sealed_file_is_an_ordinary_checkpoint(tmp_path):
     content, path = checkpoint(), tmp_path / 'iter_10.pth'
-    saving.save(content, path)
+    writing.save(content, path)
     assert os.listdir(tmp_path) == ['iter_10.pth']
     for kwargs in (dict(), dict(mmap=True)):
         plain = torch.load(path, weights_only=True, **kwargs)
@@ -57,7 +44,7 @@ def test_tensors_are_written_for_the_cpu():
     """Of a tensor on a GPU, which is copied only while it is written."""
     saved = []
 
-    class Recorder(saving._Pickler):
+    class Recorder(writing._Pickler):
         def save(self, obj, save_persistent_id=True):
             saved.append(obj)
 
@@ -68,16 +55,16 @@ def test_tensors_are_written_for_the_cpu():
 def test_one_tensor_in_memory_at_a_time(tmp_path):
     """Saving 400 MB in tensors of 4 MB may not need 400 MB more."""
     content = dict(state_dict={str(i): torch.ones(1_000_000) for i in range(100)})
-    saving.save(dict(state_dict={'0': torch.ones(1_000_000)}), tmp_path / 'warm_up.pth')
+    writing.save(dict(state_dict={'0': torch.ones(1_000_000)}), tmp_path / 'warm_up.pth')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    saving.save(content, tmp_path / 'large.pth')
+    writing.save(content, tmp_path / 'large.pth')
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KiB
 
 
 @pytest.mark.parametrize('reason', [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_what_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, reason):
     path = tmp_path / 'iter_10.pth'
-    saving.save(checkpoint(), path)
+    writing.save(checkpoint(), path)
     old = path.read_bytes()
     room = [4000]
 
@@ -102,68 +89,20 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, reason
         Path, 'open', lambda self, mode='r': Full(opened(self, mode)) if mode == 'wb' else opened(self, mode)
     )
     with pytest.raises(SaveError, match=rf'iter_10.pth.*{os.strerror(reason)}.*intact'):
-        saving.save(checkpoint(11), path)
+        writing.save(checkpoint(11), path)
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ['iter_10.pth'] and path.read_bytes() == old
 
 
 def test_a_disk_that_gives_back_something_else(tmp_path):
     path = tmp_path / 'iter_10.pth'
-    part = saving.write(checkpoint(), path)
+    part = writing.write(checkpoint(), path)
     damaged = bytearray(part.read_bytes())
     damaged[len(damaged) // 2] ^= 4
     part.write_bytes(damaged)
     with pytest.raises(SaveError, match='read back'):
-        saving.finish(part, path)
+        writing.finish(part, path)
     assert os.listdir(tmp_path) == []
-
-
-def test_writer_tells_of_its_failure_once(tmp_path, monkeypatch):
-    writer = saving.Writer()
-    settled = []
-    writer.save(checkpoint(), tmp_path / 'a.pth', lambda: settled.append('a'))
-    writer.wait()
-    assert settled == ['a'] and not writer.failed
-    monkeypatch.setattr(saving.os, 'fsync', lambda handle: (_ for _ in ()).throw(OSError(errno.EIO, 'gone')))
-    writer.save(checkpoint(), tmp_path / 'b.pth', lambda: settled.append('b'))
-    with pytest.raises(SaveError, match=r'b\.pth'):
-        writer.wait()
-    monkeypatch.undo()
-    writer.wait()
-    assert settled == ['a'] and os.listdir(tmp_path) == ['a.pth']
-
-
-def test_what_comes_after_a_save_fails_as_a_save(tmp_path):
-    """The pointer to the checkpoint, and the removal of older ones, on a disk that has gone."""
-    writer = saving.Writer()
-    writer.save(checkpoint(), tmp_path / 'a.pth', lambda: saving.replace_text(tmp_path / 'gone/last_checkpoint', 'a'))
-    with pytest.raises(SaveError, match=r'gone/.*last_checkpoint.*No such file'):
-        writer.wait()
-
-
-def test_newest_is_by_what_the_files_say(tmp_path, caplog):
-    work = tmp_path / 'work'
-    work.mkdir()
-    assert newest_checkpoint([work], LOGGER) is None
-    for step in (2, 10, 4):
-        saving.save(checkpoint(step), work / f'iter_{step}.pth')
-        os.utime(work / f'iter_{step}.pth', (0, 1000 - step))
-    saving.save(checkpoint(99), work / 'best_mIoU_iter_99.pth')
-    (work / 'last_checkpoint').write_text('/nowhere/iter_4.pth')
-    moved = tmp_path / 'moved'
-    work.rename(moved)
-    assert newest_checkpoint([moved], LOGGER) == str(moved / 'iter_10.pth')
-
-    (moved / 'iter_12.pth').write_bytes(b'')
-    (moved / 'iter_11.pth').write_bytes((moved / 'iter_10.pth').read_bytes()[:-3000])
-    shutil.copy(moved / 'iter_2.pth', moved / 'iter_500.pth')
-    with caplog.at_level(logging.WARNING):
-        assert newest_checkpoint([moved], LOGGER) == str(moved / 'iter_10.pth')
-    assert all(f'iter_{step}.pth' in caplog.text for step in (11, 12))
-    for step in (10, 4, 2):
-        (moved / f'iter_{step}.pth').unlink()
-    with pytest.raises(CheckpointError, match=r'none of 3 .*iter_500.pth: was saved at iter 2, its name says 500'):
-        newest_checkpoint([moved], LOGGER)
 
 
 def mutations(good: bytes, count: int, ran: Path):
@@ -211,7 +150,7 @@ def mutations(good: bytes, count: int, ran: Path):
 
 def refuse_all(tmp_path: Path, count: int) -> dict[str, int]:
     path = tmp_path / 'iter_10.pth'
-    saving.save(checkpoint(), path)
+    writing.save(checkpoint(), path)
     good, ran, tried = path.read_bytes(), tmp_path / 'ran', {}
     for kind, name, data in mutations(good, count, ran):
         file = tmp_path / name

@@ -1,4 +1,4 @@
-"""A run's config as one to give away: plain data in one text, without the machine, the people and the places of it."""
+"""Make a run's config shareable: plain data in one text, without paths, credentials or names of people."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ from ..checkpoints.config_text import literals, strings
 from ..errors import ConfigError
 from ..utils.config import load_config
 
-# What mmengine's Runner, the tools and mmseg's inference read. Anything else of a config is its author's own.
+# What mmengine's Runner, the tools and mmseg's inference read. Other keys are private to their author.
 _KEPT = (
     *('default_scope', 'custom_imports', 'runner_type', 'model', 'data_preprocessor', 'crop_size'),
     *('train_dataloader', 'val_dataloader', 'test_dataloader', 'train_pipeline', 'val_pipeline', 'test_pipeline'),
@@ -20,55 +20,53 @@ _KEPT = (
     *('optim_wrapper', 'param_scheduler', 'auto_scale_lr', 'model_wrapper_cfg', 'watch_patience', 'default_hooks'),
     *('custom_hooks', 'env_cfg', 'log_processor', 'log_level', 'visualizer', 'randomness'),
 )
-# Keys that say where something of this machine is, or how to get at it.
-_PLACES = {
+# Keys with output folders or credentials of this machine.
+_PRIVATE = {
     *('work_dir', 'out_dir', 'save_dir', 'output_dir', 'show_dir', 'out_file', 'output_file', 'outfile_prefix'),
     *('backend_args', 'file_client_args', 'allow_mismatch'),
 }
-# Weights that anybody can fetch by the same name.
+# Schemes of weights that anybody can download by the same name.
 _PUBLIC = ('timm', 'http', 'https', 'torchvision', 'modelzoo', 'open-mmlab', 'openmmlab', 'mmcls')
-_A_PLACE = re.compile(r'[/~\\]|[A-Za-z]:[\\/]|file:')
-# Where this project's configs look for data that they know; others are named after their data set's class.
+_ABSOLUTE = re.compile(r'[/~\\]|[A-Za-z]:[\\/]|file:')
+# Data folders of this project's configs; other data sets get a folder named after their class.
 _DATA = {'ADE20KDataset': 'data/ade/ADEChallengeData2016', 'StreetSceneDataset': 'data/street_scenes'}
 
 
 def read_config(path: str | None, embedded: object, source: Path) -> dict:
-    """The config of a checkpoint as plain data.
+    """Read the config of a checkpoint as plain data.
 
-    The text in the file itself, which is the one that it was trained with, is read as data and never run; what it names
-    may not have been meant well, so it may name nothing that would have to be imported.
+    The text in the checkpoint comes from an unknown author. It is parsed and never run, and may name nothing that
+    building the model would have to import.
 
     Args:
-        path: a config file of the user's own, which is run as every config; None for the text in the file.
+        path: config file of the user, which is run like every config; None for the text in the checkpoint.
         embedded: that text.
         source: the checkpoint, for messages.
 
     Raises:
         FileNotFoundError: no such config.
-        ConfigError: it cannot be read, holds more than data, or the file has none.
+        ConfigError: the config cannot be read or holds more than data, or the checkpoint has none.
     """
     if path is not None:
         try:
             return _plain(load_config(path).to_dict())
         except (OSError, ConfigError):
             raise
-        except Exception as error:  # a config is a program, which fails in any way
+        except Exception as error:  # a config is a program and may raise anything
             raise ConfigError(f'{path}: no config that can be read ({type(error).__name__}: {error})') from error
+    remedy = 'give the one that it was trained with as --config FILE'
     if not isinstance(embedded, str):
-        raise ConfigError(f'{source}: holds no config; give the one that it was trained with as --config FILE')
+        raise ConfigError(f'{source}: holds no config; {remedy}')
     try:
         config = literals(embedded)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(
-            f'{source}: its config is no plain data ({error}); give the one that it was trained with as --config FILE'
-        ) from error
+        raise ConfigError(f'{source}: its config is not plain data ({error}); {remedy}') from error
     modules = [str(name) for name in (config.get('custom_imports') or {}).get('imports') or ()]
     unknown = [name for name in modules if name not in sys.modules]
     unknown += sorted({text for key, text in strings(config) if key == 'type' and '.' in text})
     if unknown:
         raise ConfigError(
-            f'{source}: its config would have {unknown[0]} imported, which could run any code; give the one that it '
-            'was trained with as --config FILE, if you trust it'
+            f'{source}: its config imports {unknown[0]}, which could run any code; {remedy}, if you trust it'
         )
     return config
 
@@ -80,61 +78,60 @@ def _plain(value: object, where: str = '') -> object:
         return type(value)(_plain(inner, f'{where}.{i}') for i, inner in enumerate(value))
     if value is None or type(value) in (str, int, float, bool):
         return value
-    raise ConfigError(f'{where} is {value!r}: a config that goes with weights may hold text, numbers, lists and dicts')
+    raise ConfigError(f'{where} is {value!r}: a published config may hold text, numbers, lists and dicts only')
 
 
 def shareable(config: dict) -> dict:
     """A config without what belongs to a machine or a person.
 
-    Folders of data become ``data/NAME``, weights to start from stay where anybody can fetch them, and credentials,
-    output folders, loggers that send things elsewhere and names that no tool reads go.
+    Data folders become ``data/NAME``. Weights to start from stay only where anybody can download them. Credentials,
+    output folders, loggers that send data elsewhere and keys that no tool reads are removed.
     """
     kept = {key: config[key] for key in _KEPT if key in config}
     imports = dict(kept.get('custom_imports') or {})
     imports['imports'] = list(dict.fromkeys(['mmseg_volo', *(imports.get('imports') or [])]))
     kept['custom_imports'] = dict(imports, allow_failed_imports=False)
     if 'visualizer' in kept:
-        kept['visualizer'] = dict(
-            kept['visualizer'] or {}, name='visualizer', vis_backends=[dict(type='LocalVisBackend')]
-        )
+        local = dict(name='visualizer', vis_backends=[dict(type='LocalVisBackend')])
+        kept['visualizer'] = dict(kept['visualizer'] or {}, **local)
     environment = kept.get('env_cfg') or {}
     if environment:
         backend = (environment.get('dist_cfg') or {}).get('backend', 'nccl')
         kept['env_cfg'] = {k: v for k, v in environment.items() if k in ('cudnn_benchmark', 'mp_cfg')}
         kept['env_cfg']['dist_cfg'] = dict(backend=backend)
-    kept = _shared(kept)
+    kept = _without_places(kept)
     if isinstance(kept.get('model'), dict):
         kept['model'].pop('pretrained', None)
     return dict(kept, load_from=None, resume=False)
 
 
-def _shared(value: object, key: str = '', kind: str = '') -> object:
+def _without_places(value: object, key: str = '', kind: str = '') -> object:
     if isinstance(value, dict):
         if value.get('type') == 'Pretrained' and not is_public(value.get('checkpoint')):
             return None
         kind = str(value.get('type', kind))
-        return {name: _shared(inner, name, kind) for name, inner in value.items() if name not in _PLACES}
+        return {name: _without_places(inner, name, kind) for name, inner in value.items() if name not in _PRIVATE}
     if isinstance(value, (list, tuple)):
-        return type(value)(_shared(inner, key, kind) for inner in value)
+        return type(value)(_without_places(inner, key, kind) for inner in value)
     if not isinstance(value, str) or not is_place(value):
         return value
     return data_folder(kind) if key == 'data_root' else last_part(value)
 
 
 def data_folder(kind: str) -> str:
-    """Where a data set of this class is looked for: 'data/camvid' for CamVidDataset."""
+    """Default folder of a data set's class: 'data/camvid' for CamVidDataset."""
     return _DATA.get(kind) or f'data/{kind.rpartition(".")[2].removesuffix("Dataset").lower() or "images"}'
 
 
 def is_place(text: str) -> bool:
-    """Whether a text says where something is on one machine or in one network, outside the folder that one works in."""
+    """Whether a text names a place on one machine or network: an absolute path, one with '..', or a private URL."""
     if '://' in text:
         return not is_public(text)
-    return bool(_A_PLACE.match(text)) or '..' in re.split(r'[\\/]', text)
+    return bool(_ABSOLUTE.match(text)) or '..' in re.split(r'[\\/]', text)
 
 
 def is_public(source: object) -> bool:
-    """Whether weights can be fetched by everybody under this name: a URL without credentials, or a known library's."""
+    """Whether anybody can download weights by this name: a URL without credentials, or a known library's scheme."""
     if not isinstance(source, str) or '://' not in source:
         return False
     parts = urlsplit(source)
@@ -142,16 +139,16 @@ def is_public(source: object) -> bool:
 
 
 def last_part(place: str) -> str:
-    """The last component of a path or URL, without what follows a question mark."""
+    """The last component of a path or URL, without a query."""
     path = urlsplit(place).path if '://' in place else place
     return PureWindowsPath(path).name if '\\' in path else PurePosixPath(path).name
 
 
 def as_text(config: dict) -> str:
-    """A config in mmengine's layout, which reads back as the same data.
+    """A config as text in mmengine's layout.
 
     Raises:
-        ConfigError: it does not, as with numbers that are not finite.
+        ConfigError: the text does not read back as the same data, as with numbers that are not finite.
     """
     text = Config(config).pretty_text
     try:
@@ -164,8 +161,10 @@ def as_text(config: dict) -> str:
 
 
 def check_nothing_private(config: dict, places: list[str]) -> None:
-    """Raise ConfigError where a text in a config still has one of these folders in it."""
+    """Raise ConfigError where a text in the config still holds one of these folders."""
     for key, text in strings(config):
         found = next((place for place in places if place in text), None)
         if found:
-            raise ConfigError(f'{key}={text!r} would give away {found}; take it out of the config, given by --config')
+            raise ConfigError(
+                f'{key}={text!r} would give away {found}; remove it from the config and pass that as --config FILE'
+            )

@@ -1,0 +1,1 @@
+"""Publish a trained checkpoint as a folder of weights, config, model card and metafile."""
