@@ -757,7 +757,7 @@ def test_the_command_reports_plots_and_ends_with_a_status(data, tool):
     with (data / 'fix.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 5 and rows[-1]['path'] == f'{data}/labels/val/0.png' and rows[-1]['fault'] == 'True'
-    assert not list(data.glob('.*.part'))
+    assert not list(data.glob('.*.part*'))
     tool(path, '--fix-report', data / 'fix.jsonl', '--split', 'val')
     assert [json.loads(line)['kind'] for line in (data / 'fix.jsonl').read_text().splitlines()] == ['missing label']
     status, output = tool(path, '--split', 'test', '--cfg-options', f'test_dataloader.dataset.data_root={data}/gone')

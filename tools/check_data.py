@@ -7,7 +7,6 @@ pictures that two splits share; prints and plots how often each class occurs. En
 import argparse
 import csv
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from prettytable import PrettyTable
 from mmseg_volo.cli import run_tool
 from mmseg_volo.datasets.checks.check import Finding, SplitReport, check_config
 from mmseg_volo.utils.config import load_config
+from mmseg_volo.utils.files import atomic_write
 
 SHOWN = 3  # files of each kind of fault
 
@@ -86,18 +86,13 @@ def write_report(findings: Sequence[Finding], path: Path) -> None:
     """Write one line for each finding, JSON or for other suffixes than .json and .jsonl CSV; whole or not at all."""
     rows = [asdict(finding) for finding in findings]
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}.part')
-    try:
-        with part.open('w', newline='', encoding='utf-8') as file:
-            if path.suffix in ('.json', '.jsonl'):
-                file.writelines(json.dumps(row) + '\n' for row in rows)
-            else:
-                writer = csv.DictWriter(file, list(Finding.__dataclass_fields__))
-                writer.writeheader()
-                writer.writerows(rows)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path) as part, part.open('w', newline='', encoding='utf-8') as file:
+        if path.suffix in ('.json', '.jsonl'):
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(Finding.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def main() -> int:

@@ -1,14 +1,13 @@
-"""Checkpoint files that are whole or not there, and that say so themselves.
+"""Write checkpoint files that are complete or absent, and that prove it.
 
 A checkpoint is written beside its place under a hidden name, synced to the disk, read back, sealed with its SHA-256,
-and only then renamed: whatever happens in between, what stands under a checkpoint's name is complete. The seal is the
-comment of the zip file that :func:`torch.save` writes, so that a sealed checkpoint is an ordinary one to everything
-else, and keeps its seal when it is copied, moved or renamed.
+and only then renamed. Whatever happens in between, a file under a checkpoint's name is complete. The seal is the ZIP
+comment of the file that :func:`torch.save` writes. So a sealed checkpoint is an ordinary one to everything else, and
+keeps its seal when it is copied, moved or renamed.
 """
 
 import contextlib
 import errno
-import hashlib
 import os
 import pickle
 import re
@@ -20,14 +19,19 @@ from types import SimpleNamespace
 import torch
 
 from ..errors import SaveError
+from ..utils.files import atomic_write, part_of, sha256
 
-_PART = '.part'
+_FORM = b'mmseg_volo sha256 %s\n'
+_LENGTH = len(_FORM % (b'0' * 64))
+_SEAL = re.compile(rb'mmseg_volo sha256 ([0-9a-f]{64})\n')
 
 
 class _Pickler(pickle._Pickler):
-    """Marks every tensor as a CPU's: :func:`torch.save` then copies one at a time from a GPU, where mmengine's way,
-    to copy them all before, needs the host's memory for a second model and optimizer. Only the small tree around the
-    tensors passes through this pickler, hence Python's will do."""
+    """Mark every tensor as a CPU's, so that :func:`torch.save` copies one at a time from a GPU.
+
+    mmengine copies all of them first, which needs host memory for a second model and optimizer. Only the small tree
+    around the tensors passes through this pickler, so Python's slow one is enough.
+    """
 
     def save_pers(self, pid: tuple) -> None:
         kind, storage, key, _, size = pid
@@ -44,7 +48,7 @@ def write(checkpoint: dict, path: str | Path) -> Path:
         SaveError: it could not be written; no part of it stays.
     """
     path = Path(path)
-    part = _part_of(path)
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open('wb') as file:
@@ -88,21 +92,15 @@ def save(checkpoint: dict, path: str | Path) -> None:
 
 def remove_parts(folder: str | Path) -> None:
     """Remove what killed runs left half-written in ``folder``."""
-    for part in Path(folder).glob(f'.*.pth{_PART}'):
+    for part in Path(folder).glob('.*.part.pth'):
         part.unlink(missing_ok=True)
 
 
 def replace_text(path: str | Path, text: str) -> None:
     """Put a small text file in the place of another in one step."""
-    path = Path(path)
-    part = _part_of(path)
-    part.write_text(text, encoding='utf-8')
-    _sync(part)
-    os.replace(part, path)
-
-
-def _part_of(path: Path) -> Path:
-    return path.with_name(f'.{path.name}{_PART}')
+    with atomic_write(path) as part:
+        part.write_text(text, encoding='utf-8')
+        _sync(part)
 
 
 def _remove(part: Path) -> None:
@@ -138,12 +136,6 @@ def save_error(path: str | Path, error: Exception) -> SaveError:
     )
 
 
-_FORM = b'mmseg_volo sha256 %s\n'
-_LENGTH = len(_FORM % (b'0' * 64))
-_SEAL = re.compile(rb'mmseg_volo sha256 ([0-9a-f]{64})\n')
-_CHUNK = 2**22
-
-
 def seal(path: Path) -> None:
     """Append the seal to a file of :func:`torch.save`'s: everything before the seal is under it."""
     with path.open('r+b') as file:
@@ -155,7 +147,7 @@ def seal(path: Path) -> None:
         file.write(struct.pack('<H', _LENGTH))
         file.flush()
         size = file.tell()
-        digest = _digest(file, size)
+        digest = sha256(file, size)
         file.seek(size)
         file.write(_FORM % digest.encode())
 
@@ -168,16 +160,4 @@ def seal_holds(path: Path) -> bool | None:
             return None
         file.seek(size)
         found = _SEAL.fullmatch(file.read())
-        return found and _digest(file, size) == found[1].decode()
-
-
-def _digest(file, size: int) -> str:
-    file.seek(0)
-    digest = hashlib.sha256()
-    while size:
-        chunk = file.read(min(size, _CHUNK))
-        if not chunk:
-            break
-        digest.update(chunk)
-        size -= len(chunk)
-    return digest.hexdigest()
+        return found and sha256(file, size) == found[1].decode()

@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from tqdm import tqdm
 
+from ..utils.files import atomic_write, part_of
 from ..utils.signals import Stopped, StopSignals
 from .images import read_image
 from .manifest import Journal, identity
@@ -409,28 +410,20 @@ def _save(predictor: Predictor, outputs: Outputs, target: Path, image: np.ndarra
     return [str(_result(target, ending)) for ending in pictures]
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f'.{path.name}.part')
-
-
-def _write(path: Path, picture: np.ndarray) -> None:
-    """Write a PNG under a temporary name and rename it: a run that is stopped leaves no half file."""
-    part = _part(path)
-    data = cv2.imencode('.png', picture)[1].tobytes()
+def _write(path: Path, image: np.ndarray) -> None:
+    """Write a PNG."""
+    data = cv2.imencode('.png', image)[1].tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(data)
-        os.replace(part, path)
+        with atomic_write(path) as part:
+            part.write_bytes(data)
     except OSError as error:
         if error.errno in _ALL_FAIL:
             raise OutputError(f'{path} cannot be written ({error.strerror})') from error
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _remove_parts(target: Path) -> None:
     """Remove what a process that was killed left half-written of a target."""
     for ending in ('.png', '_overlay.png', '_confidence.png'):
-        _part(_result(target, ending)).unlink(missing_ok=True)
+        part_of(_result(target, ending)).unlink(missing_ok=True)

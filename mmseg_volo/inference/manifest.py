@@ -1,7 +1,7 @@
 """What a folder of results was made with, and which of them are done: so that a run can go on where it stopped."""
 
 import contextlib
-import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..errors import ConfigError
+from ..utils.files import atomic_write, sha256
 
 NAME = 'predict.jsonl'
 
@@ -20,22 +21,14 @@ def identity(config: Config, checkpoint: str, aug_test: bool, **options) -> dict
     if aug_test:
         parts += [config.get('tta_model'), config.get('tta_pipeline')]
     text = json.dumps(parts, default=str, sort_keys=True)
+    url = None if Path(checkpoint).is_file() else io.BytesIO(checkpoint.encode())
+    digest = sha256(url or checkpoint)
     return dict(
-        config=[config.filename and Path(config.filename).name, hashlib.sha256(text.encode()).hexdigest()],
-        checkpoint=[Path(checkpoint).name, _digest(checkpoint)],
+        config=[config.filename and Path(config.filename).name, sha256(io.BytesIO(text.encode()))],
+        checkpoint=[Path(checkpoint).name, digest],
         **{'aug-test': aug_test},
         **options,
     )
-
-
-def _digest(checkpoint: str) -> str:
-    digest = hashlib.sha256()
-    if not Path(checkpoint).is_file():  # a URL
-        return hashlib.sha256(checkpoint.encode()).hexdigest()
-    with open(checkpoint, 'rb') as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Journal:
@@ -85,9 +78,8 @@ class Journal:
             with self._path.open('a', encoding='utf-8') as file:
                 file.write('\n')
             return
-        part = self._path.with_name(f'.{NAME}.part')
-        part.write_text(json.dumps(dict(mmseg_volo='predict', **self._made_with)) + '\n', encoding='utf-8')
-        os.replace(part, self._path)
+        with atomic_write(self._path) as part:
+            part.write_text(json.dumps(dict(mmseg_volo='predict', **self._made_with)) + '\n', encoding='utf-8')
 
     def add(self, source: Path, files: Iterable[str]) -> None:
         """Note that a source is done, and the files that it gave, by their place in the folder."""

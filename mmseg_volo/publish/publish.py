@@ -1,7 +1,6 @@
 """Write the folder of a published model: weights alone, one config, a model card and a metafile."""
 
 import filecmp
-import hashlib
 import io
 import json
 import os
@@ -23,6 +22,7 @@ from ..checkpoints.reading import load_from_local
 from ..checkpoints.writing import save
 from ..errors import CheckpointError, ConfigError, SaveError
 from ..inference.model import dataset_meta, init_model
+from ..utils.files import sha256
 from ..version import __version__
 from .card import facts_of, metafile, model_card
 from .results import find_results, hardware_of, run_of
@@ -247,17 +247,9 @@ def _write_weights(folder: Path, name: str, weights: Mapping, meta: Mapping, cla
 
     names = []
     for path in (folder / 'weights.pth', folder / 'weights.safetensors'):
-        names.append(f'{name}-{_sha256(path)[:8]}{path.suffix}')
+        names.append(f'{name}-{sha256(path)[:8]}{path.suffix}')
         path.rename(folder / names[-1])
     return names
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open('rb') as file:
-        while chunk := file.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_weights(folder: Path, files: list[str], weights: Mapping[str, torch.Tensor]) -> None:
@@ -295,7 +287,7 @@ def _move(folder: Path, out: Path, weights: Mapping[str, torch.Tensor]) -> bool:
 
 def _same_model(file: Path, weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether a file is a published one with exactly these weights; a run's checkpoint holds more and never is."""
-    if not re.search(r'-[0-9a-f]{8}\.(pth|safetensors)$', file.name) or _sha256(file)[:8] not in file.name:
+    if not re.search(r'-[0-9a-f]{8}\.(pth|safetensors)$', file.name) or sha256(file)[:8] not in file.name:
         return False
     try:
         state = load_from_local(str(file), 'cpu')['state_dict']

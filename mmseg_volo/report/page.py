@@ -1,8 +1,6 @@
 """The page: what it says of one run or of several, and the HTML file."""
 
-import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from statistics import median
@@ -11,6 +9,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..errors import ConfigError
+from ..utils.files import atomic_write
 from ..version import __version__
 from .figures import Figure, Series, confusions, curves, heat_map, number, reliability
 from .pictures import colours, shown_pictures
@@ -38,17 +37,13 @@ def write_report(work_dirs: Sequence[str | Path], out: str | Path | None = None)
     out = Path(out) if out else Path(work_dirs[0]) / 'report.html'
     if out.is_dir():
         raise ConfigError(f'{out} is a folder; --out is the file to write, such as {out / "report.html"}')
-    part = out.with_name(f'.{out.name}.{os.getpid()}.part')
     try:
-        part.touch()  # whether it can be written shows before the work
-        part.write_text(render(runs), encoding='utf-8')
-        os.replace(part, out)
+        with atomic_write(out) as part:
+            part.touch()  # an error shows before the work
+            part.write_text(render(runs), encoding='utf-8')
     except OSError as error:
         reason = error.strerror or error
         raise OSError(error.errno, f'the report cannot be written ({reason}); give another --out', str(out)) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
     return out
 
 

@@ -130,7 +130,7 @@ def test_a_full_disk(tmp_path):
         run = Run(config, disk / 'run', *keep)
         assert run.end() == 1
         assert re.search(r'error: .*iter_\d\.pth: the checkpoint could not be written \(No space left', run.output)
-        assert not list((disk / 'run').glob('.*part'))
+        assert not list((disk / 'run').glob('.*part*'))
         for path in (disk / 'run').glob('iter_*.pth'):
             load_from_local(str(path))
         subprocess.run(['mount', '-o', 'remount,size=64m', disk], check=True)

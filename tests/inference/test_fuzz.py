@@ -122,7 +122,7 @@ def check(predictor: Predictor, folder: Path, out: Path, capsys) -> set[str]:
     images = {path for path in folder.rglob('*') if path.is_file()}
     assert set(failed) <= images
     maps = [path for path in out.rglob('*.png') if path.is_file()]
-    assert len(maps) == len(images) - len(failed) and not list(out.rglob('*.part'))
+    assert len(maps) == len(images) - len(failed) and not list(out.rglob('*.part*'))
     for path in maps:
         found = cv2.imdecode(np.fromfile(os.fsencode(path), np.uint8), -1)
         assert found.ndim == 2 and found.max() < 19
