@@ -1,18 +1,23 @@
-"""Overlay videos: what they show, how long they last, what becomes of broken ones, and of those that are stopped."""
+"""Overlay videos: what they show and when, their sound, damaged sources, and videos that are stopped."""
 
 import os
+import re
 import resource
 import signal
 import sys
+from fractions import Fraction
+from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import pytest
 import torch
-from drawn_videos import draw_video, frame, frames_of, turn, vary_rate, write
+from drawn_videos import draw_video, frame, frames_of, sound_of, times_of
 from mmengine.config import Config
 from small_runs import write_config
 
+from mmseg_volo import video
 from mmseg_volo.apis import init_model
 from mmseg_volo.inference import Predictor
 from mmseg_volo.stopping import Stopped, StopSignals
@@ -30,8 +35,20 @@ def predictor(tmp_path_factory) -> Predictor:
     return Predictor(config, str(folder / 'small.pth'), 'cpu')
 
 
-def difference(picture: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(picture.astype(int) - expected).mean())
+def difference(image: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(image.astype(int) - expected).mean())
+
+
+def numbers_of(path, count: int) -> list[int]:
+    """Which drawn frame each frame of a video shows."""
+    drawn = [frame(number, 64, 96) for number in range(count)]
+    return [int(np.argmin([difference(one, known) for known in drawn])) for one in frames_of(path)[0]]
+
+
+@pytest.fixture
+def plain(predictor):
+    """Options that leave the frames as they are."""
+    return dict(with_legend=False, opacity=0)
 
 
 @pytest.mark.parametrize('size', [(64, 96), (73, 131)], ids=str)
@@ -45,14 +62,11 @@ def test_each_frame_is_the_overlay_of_its_own(suffix, size, predictor, tmp_path)
     assert len(frames) == len(read) == 12 and abs(rate - 29.97) < 0.01
     below = VideoLegend(predictor.classes, predictor.palette, *read[0].shape[:2]).strip(np.zeros(size, int))
     (height, width), wide = read[0].shape[:2], below.shape[1]
-    expected = np.full((12, (height + len(below) + 1) // 2 * 2, (wide + 1) // 2 * 2, 3), 255, np.uint8)
-    expected[:, height : height + len(below), :wide] = below
-    for one, given in zip(expected, read, strict=True):
-        one[:height, :width] = overlay(given, predictor(given), predictor.palette, 0.7)
-    write(tmp_path / f'expected{suffix}', expected, rate=29.97)
-    for found, one, as_coded in zip(frames, expected, frames_of(tmp_path / f'expected{suffix}')[0], strict=True):
-        assert found.shape == one.shape
-        assert difference(found, as_coded) < 0.5 and difference(found, one) < 12
+    for found, given in zip(frames, read, strict=True):
+        expected = np.full(((height + len(below) + 1) // 2 * 2, (wide + 1) // 2 * 2, 3), 255, np.uint8)
+        expected[height : height + len(below), :wide] = below
+        expected[:height, :width] = overlay(given, predictor(given), predictor.palette, 0.7)
+        assert found.shape == expected.shape and difference(found, expected) < 8
     assert [p.name for p in target.parent.iterdir()] == [target.name]
 
 
@@ -62,47 +76,128 @@ def test_without_a_legend_it_has_the_size_of_the_source(predictor, tmp_path):
     assert {one.shape for one in frames_of(tmp_path / 'b.mp4')[0]} == {(64, 96, 3)}
 
 
-def test_a_turned_video_is_predicted_as_it_is_seen(predictor, tmp_path):
-    source = draw_video(tmp_path / 'a.mp4', 3)
-    turn(source)
-    predict_video(predictor, source, tmp_path / 'b.mp4', with_legend=False, opacity=0)
-    frames, _ = frames_of(tmp_path / 'b.mp4')
-    assert frames[0].shape == (96, 64, 3)
-    assert difference(frames[0], cv2.rotate(frame(0, 64, 96), cv2.ROTATE_90_CLOCKWISE)) < 8
+def test_browsers_can_play_it_while_they_load_it(predictor, plain, tmp_path):
+    source = draw_video(tmp_path / 'a.avi', 9, 73, 131)
+    predict_video(predictor, source, tmp_path / 'b.mp4', **plain)
+    data = (tmp_path / 'b.mp4').read_bytes()
+    assert 0 < data.index(b'moov') < data.index(b'mdat')
+    with av.open(str(tmp_path / 'b.mp4')) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ('h264', 'yuv420p')
+        assert (stream.codec_context.colorspace, stream.codec_context.color_range) == (6, 1)
+    image = frames_of(tmp_path / 'b.mp4')[0][0]
+    assert image.shape == (74, 132, 3) and difference(image[:73, :131], frame(0, 73, 131)) < 4  # colours as well
+    assert difference(image[73], image[72]) < 4 and difference(image[:, 131], image[:, 130]) < 4
 
 
-def test_a_varying_rate_keeps_its_time(predictor, tmp_path, capsys):
-    source = draw_video(tmp_path / 'a.mp4', 30)
-    vary_rate(source)
-    assert predict_video(predictor, source, tmp_path / 'b.mp4', with_legend=False, opacity=0) is None
-    frames, rate = frames_of(tmp_path / 'b.mp4')
-    assert abs(len(frames) - 30) <= 1 and rate == 25  # the same length
-    shown = [int(np.argmin([difference(one, frame(n, 64, 96)) for n in range(30)])) for one in frames]
-    assert shown == sorted(shown) and len(set(shown[:10])) == 10 and shown[9] in (17, 18, 19)  # every second one
-    assert len(set(shown[10:])) in (10, 11, 12) and shown[-1] == 29  # each of them twice
+def test_without_libx264_it_is_vp9(predictor, plain, tmp_path, monkeypatch):
+    source = draw_video(tmp_path / 'a.mp4', 4)
+    monkeypatch.setattr(video.av, 'codecs_available', av.codecs_available - {'libx264'})
+    predict_video(predictor, source, tmp_path / 'b.mp4', **plain)
+    with av.open(str(tmp_path / 'b.mp4')) as container:
+        assert container.streams.video[0].codec_context.name in ('vp9', 'libvpx-vp9')
+    assert numbers_of(tmp_path / 'b.mp4', 4) == [0, 1, 2, 3]
+    monkeypatch.setattr(video.av, 'codecs_available', {'mpeg4'})
+    with pytest.raises(ValueError, match=r'cannot write \.mp4: it has no libx264 or libvpx-vp9'):
+        predict_video(predictor, source, tmp_path / 'c.mp4', **plain)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.mp4', 'b.mp4']
 
 
-def test_broken_frames_and_cut_off_files_give_what_can_be_read(predictor, tmp_path):
-    whole = draw_video(tmp_path / 'a.avi', 40, 128, 192).read_bytes()
-    (tmp_path / 'cut.avi').write_bytes(whole[: len(whole) // 2])
-    told = predict_video(predictor, tmp_path / 'cut.avi', tmp_path / 'cut.mp4', with_legend=False)
-    frames, _ = frames_of(tmp_path / 'cut.mp4')
-    assert 15 <= len(frames) <= 21
-    assert f'it says that it has 40 frames, {len(frames)} could be read' in told and str(tmp_path / 'cut.mp4') in told
-    broken = bytearray(whole)
-    broken[len(whole) // 3 : len(whole) // 2] = bytes(len(whole) // 2 - len(whole) // 3)
-    (tmp_path / 'broken.avi').write_bytes(broken)
-    predict_video(predictor, tmp_path / 'broken.avi', tmp_path / 'broken.mp4', with_legend=False, opacity=0)
-    frames, _ = frames_of(tmp_path / 'broken.mp4')
-    assert difference(frames[-1], frame(39, 128, 192)) < 8  # it went on behind the damage
+@pytest.mark.parametrize(
+    ('rotation', 'seen'), [(-90, cv2.ROTATE_90_CLOCKWISE), (90, cv2.ROTATE_90_COUNTERCLOCKWISE), (180, cv2.ROTATE_180)]
+)
+def test_a_turned_video_is_predicted_as_it_is_seen(rotation, seen, predictor, plain, tmp_path):
+    source = draw_video(tmp_path / 'a.mp4', 3, rotation=rotation, aspect=Fraction(4, 3))
+    assert difference(frames_of(source)[0][0], cv2.rotate(frame(0, 64, 96), seen)) < 8  # OpenCV agrees
+    predict_video(predictor, source, tmp_path / 'b.mp4', **plain)
+    assert difference(frames_of(tmp_path / 'b.mp4')[0][0], cv2.rotate(frame(0, 64, 96), seen)) < 8
+    with av.open(str(tmp_path / 'b.mp4')) as container:
+        assert container.streams.video[0].sample_aspect_ratio == (Fraction(4, 3) if rotation == 180 else Fraction(3, 4))
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.mkv', '.webm'])
+@pytest.mark.parametrize('target', ['b.mp4', 'b.webm'])
+def test_frames_keep_their_times(target, suffix, predictor, plain, tmp_path):
+    times = [0, 0.04, 0.07, 0.5, 0.501, 12.5, 12.54, 13.0]
+    source = draw_video(tmp_path / f'a{suffix}', len(times), times=times)
+    assert predict_video(predictor, source, tmp_path / target, **plain) is None
+    assert times_of(tmp_path / target) == pytest.approx(times, abs=1e-9)
+    capture, shown = cv2.VideoCapture(str(tmp_path / target), cv2.CAP_FFMPEG), []
+    while capture.read()[0]:
+        shown.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+    assert shown == pytest.approx(times, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ('source', 'codec', 'target'),
+    [
+        ('a.mp4', 'aac', 'b.mp4'),
+        ('a.mkv', 'pcm_s16le', 'b.mp4'),
+        ('a.flv', 'libmp3lame', 'b.mp4'),
+        ('a.mkv', 'libopus', 'b.webm'),
+    ],
+)
+def test_sound_is_copied(source, codec, target, predictor, plain, tmp_path):
+    source = draw_video(tmp_path / source, 30, sound=codec)
+    assert predict_video(predictor, source, tmp_path / target, **plain) is None
+    given, copied = sound_of(source), sound_of(tmp_path / target)
+    assert b''.join(data for _, data in copied) == b''.join(data for _, data in given) != b''
+    early = times_of(tmp_path / target)[0] - times_of(source)[0]  # FLV does not begin at 0
+    if codec == 'pcm_s16le':  # cut into other packets
+        given, copied = given[:1], copied[:1]
+    assert [time for time, _ in copied] == pytest.approx([time + early for time, _ in given], abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ('more', 'target'),
+    [(dict(sound='aac'), 'b.webm'), (dict(sound='wavpack'), 'b.mp4'), (dict(sound='pcm_s16le', layout='5.1'), 'b.mp4')],
+)
+def test_sound_that_the_format_cannot_hold_is_left_out(more, target, predictor, plain, tmp_path):
+    source = draw_video(tmp_path / 'a.mkv', 5, **more)
+    told = predict_video(predictor, source, tmp_path / target, **plain)
+    assert told == f'its sound ({more["sound"]}) is left out: {target[1:]} cannot hold it'
+    assert len(times_of(tmp_path / target)) == 5
+
+
+def test_a_clock_that_jumps_does_not_change_the_length(predictor, plain, tmp_path):
+    part = draw_video(tmp_path / 'a.ts', 25, sound='aac')
+    (tmp_path / 'b.ts').write_bytes(part.read_bytes() * 3)
+    predict_video(predictor, tmp_path / 'b.ts', tmp_path / 'b.mp4', **plain)
+    times = times_of(tmp_path / 'b.mp4')
+    assert len(times) == 75 and min(np.diff(times)) > 0.03 and 2.95 < times[-1] - times[0] < 3.1
+    assert 2.9 < sound_of(tmp_path / 'b.mp4')[-1][0] < 3.1
+
+
+@pytest.mark.parametrize('suffix', ['.avi', '.mkv'])
+def test_a_file_that_is_cut_off_gives_what_can_be_read(suffix, predictor, plain, tmp_path):
+    whole = draw_video(tmp_path / f'a{suffix}', 50).read_bytes()
+    (tmp_path / f'cut{suffix}').write_bytes(whole[: len(whole) // 2])
+    told = predict_video(predictor, tmp_path / f'cut{suffix}', tmp_path / 'cut.mp4', **plain)
+    times = times_of(tmp_path / 'cut.mp4')
+    assert 18 <= len(times) <= 32
+    read = re.match(r'it is cut off or damaged: it should last 2\.0 s, only (.*) s can be read', told)
+    assert float(read[1]) == pytest.approx(times[-1] + 0.04, abs=0.06)
+
+
+@pytest.mark.parametrize('suffix', ['.mp4', '.ts'])
+def test_damage_is_told_and_passed_over(suffix, predictor, plain, tmp_path):
+    broken = bytearray(draw_video(tmp_path / f'a{suffix}', 60, 64, 96, sound='aac').read_bytes())
+    at, size = len(broken) // 2, len(broken) // 10
+    broken[at : at + size] = bytes(size)
+    (tmp_path / f'broken{suffix}').write_bytes(broken)
+    told = predict_video(predictor, tmp_path / f'broken{suffix}', tmp_path / 'b.mp4', **plain)
+    assert re.fullmatch(r'damaged places: \d+, the first at 1\.[1-9] s', told)
+    times = times_of(tmp_path / 'b.mp4')
+    assert 45 <= len(times) < 60 and times[-1] == pytest.approx(59 / 25, abs=0.05)
+    assert sound_of(tmp_path / 'b.mp4')[-1][0] > 2.2
 
 
 @pytest.mark.parametrize(
     ('data', 'reason'),
     [
         (b'', r'it is empty \(0 bytes\)'),
-        (b'no video at all\n' * 99, 'it is no video that OpenCV can read'),
-        (None, 'cut'),
+        (b'no video at all\n' * 99, 'it is no video that FFmpeg can read'),
+        (None, 'cut off before the index'),
     ],
     ids=['empty', 'text', 'no index'],
 )
@@ -112,6 +207,18 @@ def test_what_is_no_video_is_refused_in_one_line(data, reason, predictor, tmp_pa
     with pytest.raises(ValueError, match=reason):
         predict_video(predictor, source, tmp_path / 'out/b.mp4')
     assert capfd.readouterr().err == '' and not (tmp_path / 'out').exists()
+
+
+def test_sound_alone_is_no_video(predictor, tmp_path):
+    source = draw_video(tmp_path / 'a.mp4', sound='aac')
+    with av.open(str(source)) as container, av.open(str(tmp_path / 'b.mp4'), 'w') as target:
+        copy = target.add_stream_from_template(container.streams.audio[0])
+        for packet in container.demux(audio=0):
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    with pytest.raises(ValueError, match='it has no video stream that FFmpeg can decode'):
+        predict_video(predictor, tmp_path / 'b.mp4', tmp_path / 'c.mp4')
 
 
 def test_a_video_that_fails_midway_keeps_its_first_frames(predictor, tmp_path):
@@ -133,7 +240,7 @@ def test_a_video_that_fails_midway_keeps_its_first_frames(predictor, tmp_path):
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_with_a_file_that_plays(number, predictor, tmp_path, capfd):
-    source, before = draw_video(tmp_path / 'a.mp4', 30), signal.getsignal(number)
+    source, before = draw_video(tmp_path / 'a.mp4', 30, sound='aac'), signal.getsignal(number)
 
     class Interrupted:
         classes, palette, predict = predictor.classes, predictor.palette, predictor.predict
@@ -150,20 +257,29 @@ def test_a_signal_ends_it_with_a_file_that_plays(number, predictor, tmp_path, ca
     assert stopped.value.status == 128 + number and signal.getsignal(number) is before
     frames, _ = frames_of(tmp_path / 'b.mp4')
     assert 7 <= len(frames) <= 10
+    assert 0 < sound_of(tmp_path / 'b.mp4')[-1][0] < len(frames) / 25 + 0.1
     assert f'b.mp4 has the first {len(frames)} of about 30 frames' in capfd.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ['a.mp4', 'b.mp4']
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process')
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs a limit of file sizes')
 def test_a_file_that_cannot_be_written_to_its_end_is_reported(predictor, tmp_path):
     source, before = draw_video(tmp_path / 'a.mp4', 40), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))
     try:
-        with pytest.raises(OSError, match='not all of the video could be written: is the disk full'):
+        with pytest.raises(OSError, match=r"File too large: '.*/b\.mp4'"):
             predict_video(predictor, source, tmp_path / 'b.mp4')
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [p.name for p in tmp_path.iterdir()] == ['a.mp4']
+
+
+def test_a_disk_that_is_nearly_full_keeps_the_first_frames(predictor, plain, tmp_path, monkeypatch):
+    source, free = draw_video(tmp_path / 'a.mp4', 40), iter([2**30, 2**20])
+    monkeypatch.setattr(video.shutil, 'disk_usage', lambda _: SimpleNamespace(free=next(free)))
+    with pytest.raises(OSError, match=r'No space left on device; .*b\.mp4 has the first 32 of about 40 frames'):
+        predict_video(predictor, source, tmp_path / 'b.mp4', **plain)
+    assert len(frames_of(tmp_path / 'b.mp4')[0]) == 32
 
 
 def test_the_legend_of_many_classes_names_those_seen_last():
