@@ -32,6 +32,8 @@ VIDEO_SUFFIXES = tuple(f'.{name}' for name in _CONTAINERS.split())
 # libx264 is under the GPL, and some builds of FFmpeg leave it out: they get VP9 in MP4, which browsers play too.
 _VP9 = {'libvpx-vp9': {'crf': '30', 'deadline': 'realtime', 'cpu-used': '8', 'row-mt': '1'}}
 VIDEO_FORMATS = {'mp4': {'libx264': {'crf': '20', 'preset': 'veryfast'}, **_VP9}, 'webm': _VP9}
+# Titles and the like need not be UTF-8. PyAV 19 takes them without this option.
+_ANY_TEXT = {} if int(av.__version__.split('.')[0]) >= 19 else dict(metadata_errors='replace')
 _DEFAULT_RATE = Fraction(25)  # frames per second, for files that do not give a rate
 _LONGEST_GAP, _CLOCK_ERROR = 10, 0.1  # seconds, forwards and backwards; more is a jump where the clock may jump
 _SPARE = 2**23  # bytes of disk space kept free, so that the index of an unfinished file still fits
@@ -195,7 +197,7 @@ class _Reader:
             if not file.read(1):
                 raise ValueError('it is empty (0 bytes)')
         try:  # with an absolute path, because FFmpeg takes 'a:b.mp4' for a protocol 'a'
-            self._container = av.open(os.path.abspath(path), metadata_errors='replace')
+            self._container = av.open(os.path.abspath(path), **_ANY_TEXT)
         except av.FFmpegError as error:
             raise ValueError(
                 'it is no video that FFmpeg can read, or it is cut off before the index that says where its frames are'

@@ -36,6 +36,7 @@ def write_video(
     layout: str = 'stereo',
     rotation: int = 0,
     aspect: Fraction | None = None,
+    title: str = '',
 ) -> Path:
     """Write frames to a video file.
 
@@ -48,9 +49,11 @@ def write_video(
         layout: the channels of the sound.
         rotation: degrees that a player turns the frames, counterclockwise, a multiple of 90.
         aspect: width of a pixel over its height.
+        title: of the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), 'w') as container:
+        container.metadata['title'] = title
         codec, pixels = _ENCODERS.get(path.suffix, ('libx264', 'yuv420p'))
         exact = Fraction(rate).limit_denominator(1001)
         options = dict(crf='12') if codec == 'libx264' else dict(qscale='2')

@@ -76,6 +76,14 @@ def test_without_a_legend_it_has_the_size_of_the_source(predictor, tmp_path):
     assert {one.shape for one in frames_of(tmp_path / 'b.mp4')[0]} == {(64, 96, 3)}
 
 
+def test_a_title_in_another_encoding_does_no_harm(predictor, plain, tmp_path):
+    source = draw_video(tmp_path / 'a.avi', 3, title='Fahrt uber Land')
+    data = source.read_bytes()
+    assert b'Fahrt uber' in data
+    source.write_bytes(data.replace(b'Fahrt uber', 'Fahrt über'.encode('latin-1')))
+    assert predict_video(predictor, source, tmp_path / 'b.mp4', **plain) is None
+
+
 def test_browsers_can_play_it_while_they_load_it(predictor, plain, tmp_path):
     source = draw_video(tmp_path / 'a.avi', 9, 73, 131)
     predict_video(predictor, source, tmp_path / 'b.mp4', **plain)
