@@ -34,7 +34,7 @@ _VP9 = {'libvpx-vp9': {'crf': '30', 'deadline': 'realtime', 'cpu-used': '8', 'ro
 VIDEO_FORMATS = {'mp4': {'libx264': {'crf': '20', 'preset': 'veryfast'}, **_VP9}, 'webm': _VP9}
 # Titles and the like need not be UTF-8. PyAV 19 takes them without this option.
 _ANY_TEXT = {} if int(av.__version__.split('.')[0]) >= 19 else dict(metadata_errors='replace')
-_DEFAULT_RATE = Fraction(25)  # frames per second, for files that do not give a rate
+_HIGHEST_RATE, _DEFAULT_RATE = 240, Fraction(25)  # frames per second: what is believed; for files without a rate
 _LONGEST_GAP, _CLOCK_ERROR = 10, 0.1  # seconds, forwards and backwards; more is a jump where the clock may jump
 _SPARE = 2**23  # bytes of disk space kept free, so that the index of an unfinished file still fits
 SLOTS = 24  # names that the legend has room for
@@ -98,16 +98,15 @@ def predict_video(
     """Predict the frames of a video and write them with the colours of the classes over them.
 
     While the model predicts a frame, the next one is read and prepared, and the last one is painted and written.
-    Each frame is shown at the time at which the source shows it, so a variable frame rate stays variable; times start
-    at 0. The sound is copied as it is. Frames are turned as the metadata of the source say. Both sides
-    get an even length, as yuv420p needs it: the last row or column is repeated. The output is written under a temporary
-    name and renamed when it can be played.
+    Each frame is shown when the source shows it, so a variable frame rate stays variable; times start at 0. The sound
+    is copied as it is. Frames are turned upright as the metadata of the source say. H.264 for browsers needs sides of
+    even length: the last row or column is repeated where that is necessary. The output has a temporary name until it
+    can be played.
 
     Args:
         predictor: the model.
         source: any video that FFmpeg reads.
-        target: ends in ``.mp4`` (H.264; the index comes first, so that browsers can play while they load) or ``.webm``
-            (VP9).
+        target: ends in ``.mp4`` (H.264, with the index at the start) or ``.webm`` (VP9).
         with_legend: put a :class:`VideoLegend` below the frames.
         opacity: weight of the colours, from 0 to 1.
         stop: is polled; what was written until then stays.
@@ -208,9 +207,10 @@ class _Reader:
             raise ValueError('it has no video stream that FFmpeg can decode')
         self._video.thread_type = 'AUTO'
         self.sound_streams = self._container.streams.audio
-        self.rate = self._video.average_rate or self._video.guessed_rate or _DEFAULT_RATE
+        rates = self._video.average_rate, self._video.guessed_rate
+        self.rate = next((rate for rate in rates if rate and rate <= _HIGHEST_RATE), _DEFAULT_RATE)
         self.time_base = self._video.time_base
-        # One of the two is the length that the file had before it was cut off.
+        # In a file that was cut off, the larger one is the length that it had before.
         self._length = max(self._video.frames / self.rate, Fraction(self._container.duration or 0, av.time_base))
         self._jumps = bool(self._container.format.flags & av.format.Flags.ts_discont.value)
         self.count = self._video.frames or round(self._length * self.rate) or None
@@ -328,14 +328,13 @@ class _Writer:
         codec.time_base, codec.sample_aspect_ratio = reader.time_base, reader.aspect
         codec.colorspace, codec.color_range = 6, 1  # SMPTE 170M, limited range: what PyAV converts BGR to
         for stream in reader.sound_streams:
-            # Matroska and AVI do not name the channels of PCM. MP4 needs names, and would fail when the file is closed.
-            layout = {'1 channels': 'mono', '2 channels': 'stereo'}.get(stream.layout.name, stream.layout.name)
-            try:
+            try:  # Matroska and AVI do not name the channels of PCM; without names MP4 fails at the end of the file
+                layout = {'1 channels': 'mono', '2 channels': 'stereo'}.get(stream.layout.name, stream.layout.name)
                 if layout.endswith(' channels'):
                     raise ValueError(layout)
                 self._sound[stream.index] = copy = container.add_stream_from_template(stream)
                 copy.codec_context.layout = layout
-            except ValueError:  # the format cannot hold this codec
+            except (AttributeError, ValueError):  # FFmpeg does not know the codec, or the format cannot hold it
                 reader.notes.append(f'its sound ({stream.name}) is left out: {self._path.suffix} cannot hold it')
         return container
 
