@@ -37,6 +37,7 @@ setup(
         'timm>=1.0.9',
         *OPENMMLAB,
         'opencv-python',
+        'av>=17',
         'numba>=0.61',
         'numpy',
         'pillow',
