@@ -57,6 +57,6 @@ setup(
         'tensorboard': TENSORBOARD,
         'wandb': WANDB,
         'test': TEST,
-        'dev': [*TEST, 'ruff==0.17.*', 'playwright'],
+        'dev': [*TEST, 'ruff==0.17.*', 'import-linter', 'playwright'],
     },
 )
