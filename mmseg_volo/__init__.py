@@ -7,7 +7,7 @@ from .data.guard import LabelGuardHook
 from .data.loading import LoadCheckedAnnotations, LoadCheckedImage
 from .data.street_scenes import StreetSceneDataset
 from .errors import CheckpointError, ConfigError
-from .evaluation import EvaluationRecordHook
+from .evaluation import ConfusionIoUMetric, EvaluationRecordHook
 from .heads import LeanUPerHead
 from .hooks import AtomicCheckpointHook, NonFiniteGuardHook
 from .losses import BandedLoss, LeanFCNHead
@@ -29,6 +29,7 @@ __all__ = [
     'CamVidDataset',
     'CheckpointError',
     'ConfigError',
+    'ConfusionIoUMetric',
     'DataError',
     'EvaluationRecordHook',
     'LabelGuardHook',
