@@ -6,17 +6,18 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 import torch
-from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import METRICS
-from mmseg.structures import SegDataSample
 from torch import Tensor
+from torch.nn import ModuleList
 
 from ..losses import BandedLoss
 from ..segmentors import SAMPLE_STEP
 
 BINS = 20  # of confidence, of equal width
+# A CPU counts so many pixels at a time: they stay in its cache.
+_CPU_PIXELS = 2**15
 
 
 @METRICS.register_module()
@@ -148,12 +149,17 @@ def confusion_of(predicted: Tensor, truth: Tensor, classes: int, ignore_index: i
             'pipeline that resizes must load annotations after Resize, so that they keep their size'
         )
     C = classes
-    predicted, truth = predicted.long(), truth.long()
-    # One more row takes the ignored pixels: that is faster than to select the others first.
-    rows = torch.where((truth < 0) | (truth > C), C, truth).masked_fill_(truth == ignore_index, C + 1)
-    columns = torch.where((predicted < 0) | (predicted > C), C, predicted)
-    counts = torch.bincount(rows.mul_(C + 1).add_(columns).flatten(), minlength=(C + 2) * (C + 1))
-    return counts.view(C + 2, C + 1)[: C + 1].cpu()
+    counts = torch.zeros(C + 3, C + 2, dtype=torch.int64, device=truth.device)
+    step = _CPU_PIXELS if truth.device.type == 'cpu' else max(truth.numel(), 1)
+    for of_truth, of_prediction in zip(truth.flatten().split(step), predicted.flatten().split(step), strict=True):
+        # Row and column 0 are for negative values, C + 1 for values of C and more; one more row is for ignored pixels,
+        # which is faster than to select the others first.
+        rows = of_truth.long().clamp(-1, C).masked_fill_(of_truth == ignore_index, C + 1)
+        index = of_prediction.long().clamp(-1, C).add_(rows, alpha=C + 2).add_(C + 3)
+        counts += torch.bincount(index, minlength=counts.numel()).view(counts.shape)
+    counts[C + 1] += counts[0]
+    counts[:, C + 1] += counts[:, 0]
+    return counts[1 : C + 2, 1:].cpu()
 
 
 def sum_of(images: Sequence[dict]) -> Tensor:
@@ -184,9 +190,9 @@ def bins_of(confidence: Tensor, right: Tensor) -> np.ndarray:
 
 
 def has_sampled_loss(head: object) -> bool:
-    """Whether :func:`losses_of` can be taken of this head: one set of logits, and mmseg's way to the loss."""
+    """Whether :func:`losses_of` is this head's loss: of its logits alone, and without a pixel sampler."""
     own = BaseDecodeHead.loss_by_feat, BandedLoss.loss_by_feat
-    return isinstance(head, BaseDecodeHead) and type(head).loss_by_feat in own
+    return isinstance(head, BaseDecodeHead) and type(head).loss_by_feat in own and head.sampler is None
 
 
 @torch.no_grad()
@@ -204,10 +210,13 @@ def losses_of(head: BaseDecodeHead, logits: Tensor, truth: Tensor) -> tuple[dict
     """
     ignored = (truth < 0) | (truth >= head.num_classes) | (truth == head.ignore_index)
     truth = truth.masked_fill(ignored, head.ignore_index)
-    found = head.loss_by_feat(logits[None], [SegDataSample(gt_sem_seg=PixelData(data=truth[None]))])
-    losses = {f'decode.{name}': float(value) for name, value in found.items() if 'loss' in name}
+    modules = head.loss_decode if isinstance(head.loss_decode, ModuleList) else [head.loss_decode]
+    losses: dict[str, float] = {}
+    for module in modules:  # as BaseDecodeHead.loss_by_feat, which would also resize and measure the accuracy
+        name = f'decode.{module.loss_name}'
+        value = module(logits[None], truth[None], ignore_index=head.ignore_index)
+        losses[name] = losses.get(name, 0.0) + float(value)
     losses['loss'] = sum(losses.values())
-    modules = head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]
     without_ignored = all(getattr(module, 'avg_non_ignore', False) for module in modules)
     return losses, int((~ignored).sum()) if without_ignored else truth.numel()
 

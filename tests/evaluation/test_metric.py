@@ -8,7 +8,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
 from mmseg.models.losses import DiceLoss
-from mmseg.structures import SegDataSample
+from mmseg.structures import OHEMPixelSampler, SegDataSample
 from small_models import batch, build, picture
 
 from mmseg_volo.evaluation import ConfusionIoUMetric, iou_of
@@ -258,7 +258,7 @@ def test_values_that_are_no_class_do_not_count_in_the_loss():
     assert expected[1] == 63 and expected[0]['loss'] > 0
 
 
-def test_heads_whose_loss_takes_more_than_logits_are_told_apart():
+def test_heads_whose_loss_takes_more_than_logits_have_none():
     assert has_sampled_loss(build().decode_head) and has_sampled_loss(build(head='LeanUPerHead').decode_head)
 
     class Odd(type(build().decode_head)):
@@ -268,3 +268,6 @@ def test_heads_whose_loss_takes_more_than_logits_are_told_apart():
     head = build().decode_head
     head.__class__ = Odd
     assert not has_sampled_loss(head) and not has_sampled_loss(torch.nn.Identity())
+    head = build().decode_head
+    head.sampler = OHEMPixelSampler(head)  # its loss is that of the hard pixels alone
+    assert not has_sampled_loss(head)
