@@ -1,9 +1,12 @@
 """The metric against mmseg's IoUMetric and a count in NumPy, its loss against the head's own loss of all pixels."""
 
+from pathlib import Path
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.dist import get_dist_info
 from mmengine.evaluator import Evaluator
 from mmengine.structures import PixelData
 from mmseg.evaluation import IoUMetric
@@ -229,6 +232,41 @@ def test_the_loss_is_that_of_training_for_the_sampled_pixels(options):
             for sample in samples
         ]
         assert found['val/loss'] == pytest.approx(float(sum(summed) / weights), rel=1e-5)
+
+
+def measure(samples: list[SegDataSample], head) -> tuple[dict, list]:
+    metric = ConfusionIoUMetric()
+    metric.head, metric.keep = head, 1
+    rank, world = get_dist_info()
+    evaluator = Evaluator(metric)
+    evaluator.dataset_meta = dict(classes=[f'c{i}' for i in range(head.num_classes)])
+    own = [samples[i % len(samples)] for i in range(rank, -(-len(samples) // world) * world, world)]
+    for sample in own:  # as DefaultSampler deals them out
+        evaluator.process([sample])
+    return evaluator.evaluate(len(samples)), metric.images
+
+
+def measure_on_rank(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group('gloo', f'file://{folder}/store', rank=rank, world_size=2)
+    samples, head = torch.load(folder / 'samples.pt', weights_only=False)
+    torch.save(measure(samples, head), folder / f'found_{rank}.pt')
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_finds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # mmengine gathers through files below it
+    model = build()
+    samples = labelled(model, [(50, 70), (64, 40), (33, 33)])
+    torch.save((samples, model.decode_head), tmp_path / 'samples.pt')
+    expected, images = measure(samples, model.decode_head)
+    torch.multiprocessing.spawn(measure_on_rank, (tmp_path,), nprocs=2)
+    found, other = (torch.load(tmp_path / f'found_{rank}.pt', weights_only=False) for rank in range(2))
+    assert found[0] == other[0] == expected and 'val/loss' in expected
+    assert other[1] is None and len(found[1]) == 3
+    for one, two in zip(found[1], images, strict=True):
+        assert torch.equal(one['confusion'].to_dense(), two['confusion'].to_dense())
+        assert (one['calibration'] == two['calibration']).all()
+        assert one['losses'] == two['losses'] and one['mIoU'] == two['mIoU']
 
 
 def test_the_calibration_is_that_of_the_sampled_pixels():
