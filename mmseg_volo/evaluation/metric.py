@@ -120,11 +120,10 @@ class ConfusionIoUMetric(IoUMetric):
         intersection, predicted, truth = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
         areas = intersection, predicted + truth - intersection, predicted, truth
         metrics = super().compute_metrics([[area[:-1] for area in areas]])
-        measured = [image for image in results if 'losses' in image]
+        measured = [image for image in results if image.get('weight')]
         total = sum(image['weight'] for image in measured)
-        if total:
-            for name in measured[0]['losses']:
-                metrics[f'val/{name}'] = sum(image['losses'][name] * image['weight'] for image in measured) / total
+        for name in measured[0]['losses'] if measured else ():
+            metrics[f'val/{name}'] = sum(image['losses'][name] * image['weight'] for image in measured) / total
         return metrics
 
 
@@ -210,6 +209,8 @@ def losses_of(head: BaseDecodeHead, logits: Tensor, truth: Tensor) -> tuple[dict
     """
     ignored = (truth < 0) | (truth >= head.num_classes) | (truth == head.ignore_index)
     truth = truth.masked_fill(ignored, head.ignore_index)
+    if torch.are_deterministic_algorithms_enabled():  # where PyTorch refuses cross entropy of maps on a GPU
+        logits, truth = logits.cpu(), truth.cpu()
     modules = head.loss_decode if isinstance(head.loss_decode, ModuleList) else [head.loss_decode]
     losses: dict[str, float] = {}
     for module in modules:  # as BaseDecodeHead.loss_by_feat, which would also resize and measure the accuracy

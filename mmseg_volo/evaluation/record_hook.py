@@ -108,7 +108,7 @@ class EvaluationRecordHook(Hook):
 
     def _begin(self, runner: Runner, loop, loss: bool) -> None:
         self._dataset = loop.dataloader.dataset
-        metrics = loop.evaluator.metrics
+        metrics = getattr(loop.evaluator, 'metrics', ())
         found = [one for one in metrics if isinstance(one, ConfusionIoUMetric) and not one.format_only]
         self._own, self._refused = not found, None
         if self._own:

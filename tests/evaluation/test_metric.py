@@ -286,6 +286,18 @@ def test_the_calibration_is_that_of_the_sampled_pixels():
             assert image['calibration'] == pytest.approx(expected, rel=1e-5) and 'losses' not in image
 
 
+def test_images_without_a_pixel_to_weigh_have_no_loss():
+    model = build()
+    model.decode_head.loss_decode.avg_non_ignore = True
+    samples = labelled(model)
+    metric = ConfusionIoUMetric()
+    metric.head = model.decode_head
+    expected = evaluate(metric, samples[:1], 7)['val/loss']
+    samples[1].gt_sem_seg.data[:] = 255
+    assert evaluate(metric, samples, 7)['val/loss'] == expected
+    assert 'val/loss' not in evaluate(metric, samples[1:], 7)
+
+
 def test_values_that_are_no_class_do_not_count_in_the_loss():
     model = build()
     logits, truth = torch.randn(7, 8, 9), torch.randint(0, 7, (8, 9))
