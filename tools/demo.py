@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument('--host', default='127.0.0.1', help='0.0.0.0 lets everyone in who reaches this machine')
     parser.add_argument('--port', type=int, default=7860, help='0 for any that is free; default 7860')
     parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; default: a GPU if there is one')
-    parser.add_argument('--examples', metavar='DIR', help='folder of images to offer on the page, the first 10 by name')
+    parser.add_argument('--examples', metavar='DIR', help='folder whose first 10 images the page offers')
     parser.add_argument('--max-megapixels', type=float, default=16, metavar='N', help='limit on an image; default 16')
     parser.add_argument('--max-megabytes', type=float, default=20, metavar='N', help='limit on its file; default 20')
     parser.add_argument('--queue', type=int, default=16, metavar='N', help='predictions that may wait; default 16')
@@ -58,9 +58,9 @@ def main() -> None:
 
 
 def _images(folder: str) -> list[Path]:
-    images = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    images = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
-        raise ConfigError(f'--examples {folder} has no images ({", ".join(IMAGE_SUFFIXES)})')
+        raise ConfigError(f'--examples: there are no images ({", ".join(IMAGE_SUFFIXES)}) in {folder}')
     return images[:10]
 
 

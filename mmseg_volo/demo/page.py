@@ -5,7 +5,7 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,12 +157,12 @@ class Page:
 
         try:
             with _clear_errors():
-                if not upload:
+                if not upload or not upload['path']:
                     raise RefusedImage('Choose an image first.')
                 path = Path(upload['path'])
                 image = read_upload(path, self._limits.megapixels)
                 started = time.monotonic()
-                prediction = self._model.predict(image, multi_scale, precision, step)
+                prediction = self._model.predict(image, bool(multi_scale), precision, step)
                 seconds = time.monotonic() - started
                 how = ', '.join(filter(None, ('multi-scale' if multi_scale else 'single scale', precision)))
                 note = f'{image.shape[1]} x {image.shape[0]} pixels, {how}, {seconds:.1f} s'
@@ -214,8 +214,8 @@ class Page:
         )
 
 
-def _uploaded_only(move):
-    """Gradio would download an address that a visitor gives in place of an upload."""
+def _uploaded_only(move: Callable) -> Callable:
+    """Refuse an address in place of an upload: Gradio would download it."""
 
     async def move_upload(path: str | Path | None) -> str | None:
         if path and '://' in str(path):

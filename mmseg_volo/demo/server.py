@@ -27,7 +27,7 @@ _FONTS = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']  # G
 # What the page itself requests. Gradio's other routes would fetch addresses, or let programs call the model.
 _ROUTES = re.compile(
     r'/|/(assets|static)/.+|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)'
-    r'|/gradio_api/(file=/.+|heartbeat/\w+|queue/(join|data)|run/predict|cancel|reset|startup-events)'
+    r'|/gradio_api/(file=(?!.*://).+|heartbeat/\w+|queue/(join|data)|run/predict|cancel|reset|startup-events)'
     r'|/gradio_api/upload(_progress)?'
 )
 _HEADERS = {
@@ -41,7 +41,7 @@ _HEADERS = {
 
 async def _guard(request: Request, answer: Callable) -> Response:
     """Middleware: only the page's own routes, and security headers on each answer."""
-    if not _ROUTES.fullmatch(request.url.path):
+    if not _ROUTES.fullmatch(request.scope['path']):
         return PlainTextResponse('The demo page has nothing here.', 404, _HEADERS)
     response = await answer(request)
     response.headers.update(_HEADERS)
@@ -70,7 +70,7 @@ def free_port(host: str, port: int) -> int:
 
 @contextmanager
 def serve(model: SharedModel, host: str, port: int, limits: Limits, **options) -> Iterator[Page]:
-    """The running page; at the end its predictions are stopped and its files deleted.
+    """Serve the page. At the end, its predictions are stopped and its files deleted.
 
     Gradio finds its folder for files through the environment, so one process serves one page at a time.
 

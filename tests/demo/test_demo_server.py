@@ -75,7 +75,10 @@ def test_visitors_read_what_is_wrong_and_nothing_about_the_server(page, visitor,
         assert files[name][1] in said and page.blocks.GRADIO_CACHE not in said
     assert visitor.refusal(None) == 'Choose an image first.'
     path = image_file(tmp_path / 'image.png')
-    assert visitor.refusal(path, False, 'fp8') == 'this model does not offer this option'
+    for precision in ('fp8', ['fp32'], {'fp32': 1}):
+        assert visitor.refusal(path, False, precision) == 'this model does not offer this option'
+    data = dict(url='data:image/png;base64,AAAA', meta={'_type': 'gradio.FileData'})  # would pass by the limits
+    assert not visitor.ask(dict(data, path=''))['success']
     heavy = dict(files=('heavy.png', path.read_bytes() + bytes(2**20)))
     answer = visitor.http.post('gradio_api/upload', files=heavy)
     assert answer.status_code == 413 and 'maximum' in answer.text

@@ -44,8 +44,8 @@ def test_bad_arguments_end_in_one_line(trained, monkeypatch, tmp_path):
     assert 'no.such.host.invalid' in run_demo(monkeypatch, *trained, '--host', 'no.such.host.invalid')
     assert 'port must be 0-65535' in run_demo(monkeypatch, *trained, '--port', '70000')
     assert 'does not exist' in run_demo(monkeypatch, 'none.py', trained[1], '--port', '0')
-    assert f'--examples {tmp_path} has no images' in run_demo(monkeypatch, *trained, '--examples', str(tmp_path))
-    assert 'gone' in run_demo(monkeypatch, *trained, '--examples', str(tmp_path / 'gone'))
+    for folder in (str(tmp_path), str(tmp_path / 'gone')):
+        assert run_demo(monkeypatch, *trained, '--examples', folder).endswith(f'in {folder}')
     with monkeypatch.context() as patch:
         patch.setattr('importlib.util.find_spec', lambda name: None)
         with pytest.raises(ConfigError, match=r"needs gradio: pip install -e '\.\[demo\]'"):
