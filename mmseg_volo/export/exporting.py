@@ -14,7 +14,7 @@ from ..apis import init_model
 from ..errors import ConfigError
 from ..segmentors import has_plain_head
 from ..version import __version__
-from .checks import check_onnx, compare, judge, sample_pictures, sizes_to_check
+from .checks import check_onnx, compare, judge, sample_images, sizes_to_check
 from .formats import FORMATS, OPSET, STEP, check_packages, open_onnx, open_pt2, trace, write_onnx, write_pt2
 from .network import ExportNetwork, exportable, swaps_channels
 from .tensorrt import TENSORRT
@@ -92,7 +92,7 @@ def export_model(
             write_pt2(program, about, part)
             del program
             run = open_pt2(part)[0]
-        images, source = sample_pictures(config, pictures)
+        images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
         os.replace(part, path)
