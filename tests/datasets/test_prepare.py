@@ -9,7 +9,6 @@ import os
 import re
 import runpy
 import signal
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -23,8 +22,7 @@ from mmseg_volo.config import run_tool
 from mmseg_volo.data import prepare
 from mmseg_volo.errors import DataError
 
-ROOT = Path(__file__).parents[2]
-TOOL = ROOT / 'tools' / 'prepare_data.py'
+TOOL = Path(__file__).resolve().parents[2] / 'tools/prepare_data.py'
 WIDTH, HEIGHT = 64, 32
 CITY = {'train': 2, 'val': 1, 'test': 1}
 ADE = {'training': 2, 'validation': 1}
@@ -161,7 +159,7 @@ def stamps(root):
 
 @pytest.fixture
 def tool(monkeypatch):
-    """The command's module, run in this process by ``run``: gives 0, or the error that it ends with."""
+    """The tool: ``run`` runs it in this process and returns its status, 0 or the error that it ends with."""
     module = runpy.run_path(str(TOOL))
 
     def run(*args):
@@ -322,19 +320,15 @@ def test_cityscapes_without_cityscapesscripts_gives_the_remedy(tmp_path, monkeyp
 
 
 @needs_cityscapesscripts
-def test_cityscapes_command_line_in_a_process_of_its_own(tmp_path):
+def test_cityscapes_command_line(tmp_path, capsys, tool):
     src, dst = write_cityscapes(tmp_path / 'src', zipped=True), tmp_path / 'dst'
-    command = [sys.executable, str(TOOL), 'cityscapes', str(src), str(dst), '--workers', '2']
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 1
+    error = tool.run('cityscapes', src, dst, '--workers', 2)
     assert listing(dst) == CITY_RESULT
     check_city_labels(dst)
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert ['train', '2', '2', '2975'] in rows and ['val', '1', '1', '500'] in rows
-    errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
-    assert len(errors) == 1 and 'train has 2 images of 2975' in errors[0]
-    assert '7/7' in result.stderr and 'Traceback' not in result.stderr
+    printed = capsys.readouterr()
+    rows = [line.split() for line in printed.out.splitlines()]
+    assert ['train', '2', '2', '2975'] in rows and ['val', '1', '1', '500'] in rows and '7/7' in printed.err
+    assert error.startswith('error: ') and 'train has 2 images of 2975' in error and '\n' not in error
 
 
 @pytest.mark.parametrize('where', ['zip in folder', 'zip', 'parent', 'itself'])
