@@ -3,14 +3,26 @@
 import time
 from pathlib import Path
 
+import cv2
 from mmengine.config import Config
 
-from mmseg_volo.benchmark.inputs import write_camvid
+from mmseg_volo.benchmark.inputs import draw
 from mmseg_volo.config import load_config
 
 CONFIG = Path(__file__).resolve().parents[1] / 'configs/volo_d1_camvid.py'
 # A stem width of 8, not 16: with AMX oneDNN computes the 4 x 4 projection of 16 channels wrongly in bfloat16.
 ARCH = dict(depths=(1, 1, 1, 1), dims=(64, 64, 64, 64), heads=(2, 2, 2, 2), mlp_ratios=2, stem_width=8)
+
+
+def write_camvid(folder: Path, size: tuple[int, int], train: int, val: int) -> None:
+    """Draw images and labels of 11 classes in the folders of CamVid-11, as ``tools/prepare_data.py`` lays it out."""
+    for split, first, count in (('train', 0, train), ('val', train, val)):
+        for kind in ('images', 'labels'):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + count):
+            image, label = draw(size, i, 11)
+            cv2.imwrite(str(folder / f'images/{split}/{i}.png'), image)
+            cv2.imwrite(str(folder / f'labels/{split}/{i}.png'), label)
 
 
 def small_config(folder: Path, name: str = 'run', large: bool = False, **options) -> Config:

@@ -19,7 +19,7 @@ from ..volo import STRIDE
 from . import plots, tables
 from .machine import check_device, on_gpu
 from .memory import NOT_MEASURED, Memory, larger, memory_alone, memory_here, memory_kind
-from .tables import Columns, Spread, Table, print_table, times_faster
+from .tables import EMPTY, Columns, Spread, Table, print_table, times_faster
 from .timing import as_graph, calls_per_round, progress, reason_of, seconds_of, take_turns, time_limit
 
 SIDES = 'stock', 'ours'
@@ -206,6 +206,7 @@ class Comparison:
             'memory, stock': tables.size(f'stock_{kind}_mb'),
             'memory, compiled': tables.size(f'compiled_{kind}_mb'),
             'memory, here': tables.size(f'ours_{kind}_mb'),
+            'share of memory': lambda row: EMPTY if memory_ratio(row) is None else f'{memory_ratio(row):.2f}',
             **self.EXTRA_COLUMNS,
         }
 

@@ -6,8 +6,6 @@ classes are compared, and there regions, edges and gradients give a random netwo
 them.
 """
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import torch
@@ -39,17 +37,6 @@ def draw(size: tuple[int, int], seed: int = 0, classes: int = 19) -> tuple[np.nd
     image = cv2.addWeighted(colours[label], 0.5, gradient, 0.5, 0)
     label[: max(height // 16, 1)] = IGNORE
     return image, label
-
-
-def write_camvid(folder: Path, size: tuple[int, int], train: int, val: int) -> None:
-    """Draw images and labels of 11 classes in the folders of CamVid-11, as ``tools/prepare_data.py`` lays it out."""
-    for split, first, count in (('train', 0, train), ('val', train, val)):
-        for kind in ('images', 'labels'):
-            (folder / kind / split).mkdir(parents=True, exist_ok=True)
-        for i in range(first, first + count):
-            image, label = draw(size, i, 11)
-            cv2.imwrite(str(folder / f'images/{split}/{i}.png'), image)
-            cv2.imwrite(str(folder / f'labels/{split}/{i}.png'), label)
 
 
 def prepare(image: np.ndarray, views: int) -> dict:

@@ -224,9 +224,6 @@ class OpCase(Comparison):
             'largest error': lambda row: f'{max(row[name] or 0 for name in _ERRORS):.2g}',
         }
 
-    def notes(self, rows: Sequence[dict]) -> list[str]:
-        return list(self.NOTES)
-
     def plot(self, rows: Sequence[dict], path: Path) -> None:
         labels = list(dict.fromkeys(map(self.label, rows)))
         at = {(self.label(row), row['impl']): row for row in rows}

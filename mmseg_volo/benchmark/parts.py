@@ -220,6 +220,7 @@ def _measure(
     seconds: Callable[[Comparison], float] = lambda case: 0,
     rounds: Callable[[Comparison], int] = lambda case: _ROUNDS,
     name: str | None = None,
+    memory: bool = True,
     **options,
 ) -> None:
     """Measure cases of one kind; a row for each as soon as it is there.
@@ -230,6 +231,7 @@ def _measure(
         seconds: that a case takes on a GPU at least; with less time left it is skipped.
         rounds: of a case, if there is enough time.
         name: of the CSV file; by default that of the cases.
+        memory: measure it on a GPU.
         options: of their ``rows``.
     """
     first, plan = cases[0], task.plan
@@ -248,7 +250,7 @@ def _measure(
         # Compiling leaves time for the cases that are still to come.
         compiling = _COMPILING * max(task.left(), 0) / (len(cases) - i)
         with _row(task, what):
-            settings = Settings(min(rounds(case), _FEW if few else _ROUNDS), on_gpu(plan.device), compiling)
+            settings = Settings(min(rounds(case), _FEW if few else _ROUNDS), memory and on_gpu(plan.device), compiling)
             for row in table.add(case.rows(settings, **options)):
                 task.row(*(cell(row) for cell in columns.values()), '; '.join(goals(task, case, row)) or EMPTY)
     missing = {row.get('compiled_missing') for row in table.rows} - {None, NOT_ASKED}
@@ -317,11 +319,7 @@ def checkpoints(task: Task) -> None:
     size, classes = ((64, 64), 19) if plan.tiny else ((256, 256), 150)
     case = SaveCase(size=size, classes=classes, device=plan.device, threads=plan.threads, folder=str(task.folder))
     task.write("A checkpoint of VOLO-D1 in training: how long training waits, mmengine's way and here.")
-    with _row(task, str(case)):
-        table, columns = Table(plan.out / 'saving.csv', environment(plan.device, plan.threads)), case.columns()
-        task.table(*columns)
-        (row,) = table.add(case.rows(Settings(_FEW, memory=False)))
-        task.row(*(cell(row) for cell in columns.values()))
+    _measure(task, [case], rounds=lambda case: _FEW, memory=False)
 
 
 # Profiles

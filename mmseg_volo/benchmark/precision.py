@@ -134,9 +134,6 @@ class PrecisionCase(Comparison):
             'changed pixels': text('{changed_pixels:.3%}'),
         }
 
-    def notes(self, rows: Sequence[dict]) -> list[str]:
-        return []
-
     def plot(self, rows: Sequence[dict], path: Path) -> None:
         panels = {
             'seconds for an image': {'seconds': [row['seconds'] for row in rows]},

@@ -6,7 +6,6 @@ only; syncing, reading back and renaming go on beside the next steps.
 """
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +17,7 @@ from mmengine.utils import apply_to
 from ..saving import finish, write
 from . import tables
 from .comparison import Found, Settings
-from .memory import memory_kind
-from .tables import Columns, Spread, text
+from .tables import Spread, text
 from .timing import seconds_of
 from .training import TrainCase, Trainer
 
@@ -49,7 +47,13 @@ class SaveCase(TrainCase):
 
     NAME = 'saving'
     MEMORY_ALONE = True
-    NOTES = ('peak memory of saving, above model and optimizer; what the system caches of files is not in it',)
+    EXTRA_COLUMNS = {
+        'file': tables.size('file_mb'),
+        'step': text('{step_s:.3g} s'),
+        'beside training': tables.time('beside_s'),
+        'share of time, here': text('{share:.2e}'),
+    }
+    NOTES = ('memory is that of saving, above model and optimizer; what the system caches of files is not in it',)
 
     def build(self) -> dict[str, _Training]:
         training = self.build_alone('ours')
@@ -94,23 +98,3 @@ class SaveCase(TrainCase):
     def title(row: dict) -> str:
         share = f'share of time: saving every {row["interval"]} iterations'
         return f'median (least–greatest) of {row["rounds"]}; {share}'
-
-    def columns(self) -> Columns:
-        kind = memory_kind(self.device)
-        return {
-            'network': self.label,
-            'file': tables.size('file_mb'),
-            'step': lambda row: Spread(*[row['step_s']] * 3).as_time(),
-            'stock': tables.time('stock_s'),
-            'here': tables.time('ours_s'),
-            'beside training': tables.time('beside_s'),
-            'share of time, here': text('{share:.2e}'),
-            'memory, stock': tables.size(f'stock_{kind}_mb'),
-            'memory, here': tables.size(f'ours_{kind}_mb'),
-        }
-
-    def notes(self, rows: Sequence[dict]) -> list[str]:
-        return list(self.NOTES)
-
-    def plot(self, rows: Sequence[dict], path: Path) -> None:
-        """The table says it all."""

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarking import run
+from small_camvid import write_camvid
 
 from mmseg_volo.benchmark import parts
-from mmseg_volo.benchmark.inputs import write_camvid
 from mmseg_volo.benchmark.parts import PARTS, correctness, goal
 from mmseg_volo.benchmark.suite import Part, Plan, Task, run_suite
 
