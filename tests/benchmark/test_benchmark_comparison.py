@@ -10,6 +10,7 @@ def test_the_compiled_peer_is_a_third_side(command, small_d1, tmp_path, capsys, 
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda call, **options: compiled.append(options) or call)
     options = ['--window', 64, '--stride', 43, '--views', 1, '--classes', 4] if command == 'inference' else []
+    options += ['--classes', 4] if command == 'train' else []
     run(command, *SMALL, *options, '--no-memory', '--out', tmp_path)
     row = rows_of(tmp_path / f'{command}.csv')[0]
     assert compiled and all(options == dict(dynamic=False) for options in compiled)

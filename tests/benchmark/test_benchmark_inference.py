@@ -47,7 +47,8 @@ def test_the_peer_is_the_same_network():
     assert sum(x[0].numel() for x in data['inputs']) == 3 * view_pixels(case.size, 10)
 
 
-def test_inference(tmp_path, capsys):
+def test_inference(small_d1, tmp_path, capsys):
+    """Memory is that of D1 all the same: it is taken in other processes."""
     arguments = ['--size', 64, 72, '--views', 1, '--rounds', 1, '--no-compiled', '--out', tmp_path]
     run('inference', *arguments, *WINDOWS)
     (row,) = rows_of(tmp_path / 'inference.csv')
