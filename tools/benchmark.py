@@ -16,9 +16,10 @@ from mmengine.device import get_device
 
 from mmseg_volo import benchmark
 from mmseg_volo.benchmark import COMPILED, IMPLEMENTATIONS, MODES, NETWORKS, OPTIONS, RUNS, SIDES, Settings
+from mmseg_volo.benchmark.camvid import find_camvid
 from mmseg_volo.benchmark.op import COMPILED as COMPILED_REFERENCE
 from mmseg_volo.benchmark.op import REFERENCE
-from mmseg_volo.benchmark.parts import PARTS, find_camvid
+from mmseg_volo.benchmark.parts import PARTS
 from mmseg_volo.benchmark.suite import Plan, run_suite
 from mmseg_volo.config import run_tool
 from mmseg_volo.segmentors import PRECISIONS

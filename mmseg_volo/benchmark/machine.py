@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]  # of a clone
 # Columns of the environment, and the packages whose versions they hold.
 _PACKAGES = dict(mmseg='onedl-mmsegmentation', timm='timm', triton='triton', numba='numba', mmseg_volo='mmseg_volo')
 
@@ -59,7 +60,7 @@ def environment(device: str, threads: int | None) -> dict:
         python=platform.python_version(),
         torch=torch.__version__,
         **{name: _version(package) for name, package in _PACKAGES.items()},
-        commit=_output('git', '-C', str(Path(__file__).resolve().parents[2]), 'rev-parse', '--short', 'HEAD'),
+        commit=_output('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD'),
         date=datetime.now().astimezone().isoformat(timespec='seconds'),
     )
 

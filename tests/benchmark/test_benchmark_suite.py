@@ -9,7 +9,6 @@ import torch
 from benchmarking import run
 from small_camvid import write_camvid
 
-from mmseg_volo.benchmark import parts
 from mmseg_volo.benchmark.parts import PARTS, correctness, goal
 from mmseg_volo.benchmark.suite import Part, Plan, Task, run_suite
 
@@ -112,7 +111,7 @@ def test_a_wrong_result_is_no_success(tmp_path, monkeypatch):
         'def test_two(request):\n    "not here"\n    pytest.skip("needs a GPU")\n'
         'def test_three(request):\n    assert request.config.getoption("device") == "cpu"\n'
     )
-    monkeypatch.setattr(parts, 'ROOT', tmp_path)
+    monkeypatch.setattr('mmseg_volo.benchmark.correctness.ROOT', tmp_path)
     section = tmp_path / 'section.md'
     task = Task(Plan('cpu', tmp_path), section, 100)
     correctness(task)
