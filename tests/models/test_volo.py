@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mmseg_volo import ARCHS, VOLO
 from mmseg_volo.checkpoints.pretrained import CLASSIFIER
 from mmseg_volo.models.volo import Block, PatchEmbed, call_block, call_stem, resize_pos_embed
-from mmseg_volo.ops.linear import LayerNorm
+from mmseg_volo.ops.layers import LayerNorm
 
 # All five variants' parts at a size that takes milliseconds.
 # Not 16 in the stem: oneDNN then gets the 4 x 4 projection wrong in bfloat16 on CPUs with AMX.
