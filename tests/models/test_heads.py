@@ -69,15 +69,15 @@ def test_other_convolutions_and_no_norm():
 
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize(('size', 'out'), [((3, 5), (6, 10)), ((4, 3), (7, 9)), ((1, 1), (5, 4)), ((6, 6), (4, 5))])
-def test_conv_of_enlarged_is_interpolate_then_conv(size, out, align_corners):
+def test_conv_of_upsampled_is_interpolate_then_conv(size, out, align_corners):
     maps = [torch.randn(2, c, *size, dtype=torch.float64) for c in (5, 3)]
     weight = torch.randn(4, 8, 3, 3, dtype=torch.float64)
-    enlarged = F.interpolate(torch.cat(maps, 1), out, mode='bilinear', align_corners=align_corners)
-    for given, kernels, whole in ((maps, weight, enlarged), (maps[:1], weight[:, :5], enlarged[:, :5])):
-        got = heads_module.conv_of_enlarged(given, kernels, out, align_corners)
+    upsampled = F.interpolate(torch.cat(maps, 1), out, mode='bilinear', align_corners=align_corners)
+    for given, kernels, whole in ((maps, weight, upsampled), (maps[:1], weight[:, :5], upsampled[:, :5])):
+        got = heads_module.conv_of_upsampled(given, kernels, out, align_corners)
         torch.testing.assert_close(got, F.conv2d(whole, kernels, padding=1), rtol=1e-12, atol=1e-12)
-    for of in (heads_module.enlarged, heads_module._enlarged_by_products):  # the second on a GPU
-        torch.testing.assert_close(of(maps[0], out, align_corners), enlarged[:, :5], rtol=1e-12, atol=1e-12)
+    for of in (heads_module.upsampled, heads_module._upsampled_by_products):  # the second on a GPU
+        torch.testing.assert_close(of(maps[0], out, align_corners), upsampled[:, :5], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('align_corners', [False, True])
@@ -85,9 +85,9 @@ def test_conv_of_pooled_is_interpolate_then_conv(align_corners):
     shapes = [(5, 1, 1), (3, 2, 3), (4, 6, 4)]
     maps = [torch.randn(2, *shape, dtype=torch.float64) for shape in shapes]
     weight = torch.randn(4, 12, 3, 3, dtype=torch.float64)
-    enlarged = [F.interpolate(x, (7, 5), mode='bilinear', align_corners=align_corners) for x in maps]
+    upsampled = [F.interpolate(x, (7, 5), mode='bilinear', align_corners=align_corners) for x in maps]
     got = heads_module.conv_of_pooled(maps, weight, (7, 5), align_corners)
-    torch.testing.assert_close(got, F.conv2d(torch.cat(enlarged, 1), weight, padding=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(got, F.conv2d(torch.cat(upsampled, 1), weight, padding=1), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (4, 5), (13, 7), (33, 64)], ids=str)
@@ -139,7 +139,7 @@ def test_few_operations(autocast, most):
 def test_what_is_kept_in_inference_mode_serves_training_and_is_bounded(monkeypatch):
     stock, lean = heads()
     monkeypatch.setattr(heads_module, '_MATRICES', OrderedDict())
-    monkeypatch.setattr(heads_module, '_MATRICES_KEPT', 6)
+    monkeypatch.setattr(heads_module, '_MATRICES_LIMIT', 6)
     maps = voloish(2, 8, 12)
     with torch.inference_mode():
         lean.eval()(maps)
@@ -216,7 +216,7 @@ def test_on_a_gpu_output_and_gradients_are_mmsegs(gpu, dtype, monkeypatch):
 @pytest.mark.gpu
 def test_what_a_cuda_graph_reads_is_kept_for_good(gpu, monkeypatch):
     monkeypatch.setattr(heads_module, '_MATRICES', OrderedDict())
-    monkeypatch.setattr(heads_module, '_MATRICES_KEPT', 8)
+    monkeypatch.setattr(heads_module, '_MATRICES_LIMIT', 8)
     _, lean = (head.eval().to(gpu) for head in heads())
     maps = voloish(2, 8, 12, device=gpu)
     with torch.no_grad():
