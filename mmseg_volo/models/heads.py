@@ -46,8 +46,8 @@ class LeanUPerHead(BandedLoss, UPerHead):
         averages = _averages(finest, scales)
         maps, first = [], 0
         for scale, module in zip(scales, self.psp_modules, strict=True):
-            own = slice(first, first + scale)
-            maps.append(module[1:](averages[:, own, own].permute(0, 3, 1, 2)))  # module[0] is the pooling
+            block = slice(first, first + scale)
+            maps.append(module[1:](averages[:, block, block].permute(0, 3, 1, 2)))  # module[0] is the pooling
             first += scale
         return maps
 
@@ -177,9 +177,9 @@ def conv_of_pooled(
     H, W = size
     channels, dtype = [x.shape[1] for x in maps], maps[0].dtype
     if weight.is_cuda:  # in one launch; on a CPU map by map, so that the weights stay in the cache
-        taps = _taps_first(weight, dtype).split(channels, 1)
+        taps = _rows_of_taps(weight, dtype).split(channels, 1)
     else:
-        taps = [_taps_first(part, dtype) for part in weight.split(channels, 1)]
+        taps = [_rows_of_taps(part, dtype) for part in weight.split(channels, 1)]
     products = []  # nine taps applied to each point
     for x, tap in zip(maps, taps, strict=True):
         product = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) @ tap.T
@@ -191,7 +191,7 @@ def conv_of_pooled(
     return out.view(B, H, W, O).permute(0, 3, 1, 2)
 
 
-def _taps_first(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _rows_of_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Reorder the weight (O, C, 3, 3) of a convolution to (O 9, C)."""
     return weight.flatten(2).transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
 
