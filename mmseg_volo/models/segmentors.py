@@ -18,6 +18,10 @@ from ..utils.devices import check_device
 from .streaming import View, axis
 from .windows import WindowNetwork
 
+# Evaluation samples every 7th pixel in both directions: 43,000 pixels of 1024 x 2048. The step is odd, so that the
+# sample has all positions between two logits, which are 4, 8 or 16 pixels apart.
+SAMPLE_STEP = 7
+
 
 @MODELS.register_module()
 class StreamingEncoderDecoder(EncoderDecoder):
@@ -39,7 +43,8 @@ class StreamingEncoderDecoder(EncoderDecoder):
       but not of other attributes of modules.
     - ``channels_last``: keep the weights of convolutions in this memory format.
     - ``confidence``: predictions have ``seg_confidence`` (1, H, W), the probability of the predicted class.
-    - ``return_logits``: predictions have ``seg_logits`` (C, H, W), like those of EncoderDecoder.
+    - ``return_logits``: predictions have ``seg_logits`` (C, H, W), like those of EncoderDecoder. Evaluation instead
+      sets ``network.sampled``, so that predictions have ``sampled_logits``, the logits of every 7th pixel.
     - ``allow_mismatch``: accept checkpoints of other models and load the weights that fit
       (:func:`~mmseg_volo.checkpoints.compatibility.check_weights`).
 
@@ -304,10 +309,13 @@ def _results(
 ) -> list[dict[str, PixelData]]:
     """Class ids of each image, given by its views, and confidence and logits if ``test_cfg`` asks for them.
 
-    ``average`` averages the probabilities of the views, as ``SegTTAModel`` does; without it each image has one view.
+    ``average`` averages the probabilities of the views, as ``SegTTAModel`` does; without it each image has one view. If
+    ``network.sampled`` is set, the results have ``sampled_probabilities``, or without ``average`` ``sampled_logits``,
+    (C, ceil(H / SAMPLE_STEP), ceil(W / SAMPLE_STEP)).
     """
     C, cfg = segmentor.out_channels, segmentor.test_cfg
     device = network.device
+    sample = 'sampled_probabilities' if average else 'sampled_logits'
     maps: list[dict[str, Tensor]] = []
     for views in images:
         shape = views[0].shape
@@ -316,6 +324,9 @@ def _results(
             found['seg_confidence'] = torch.empty(1, *shape, device=device)
         if cfg.get('return_logits'):
             found['seg_logits'] = torch.empty(C, *shape, device=device)
+        if network.sampled:
+            sizes = [-(-size // SAMPLE_STEP) for size in shape]
+            found[sample] = torch.empty(C, *sizes, device=device)
         maps.append(found)
 
     with network.running():
@@ -338,6 +349,10 @@ def _results(
             else:
                 classes = scores.argmax(1, keepdim=True)
             found['pred_sem_seg'][0, along, across] = classes[:, 0]
+            if sample in found:
+                (rows, to_rows), (columns, to_columns) = map(_sampled, (along, across))
+                source = scores if average else logits
+                found[sample][:, to_rows, to_columns] = source[rows, :, columns].transpose(0, 1)
             if 'seg_logits' in found:
                 found['seg_logits'][:, along, across] = scores.transpose(0, 1)
             if 'seg_confidence' in found:
@@ -347,3 +362,9 @@ def _results(
                     probabilities = scores if average else scores.softmax(1)
                     found['seg_confidence'][0, along, across] = probabilities.amax(1)
     return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]
+
+
+def _sampled(tile: slice) -> tuple[slice, slice]:
+    """The sampled pixels of a tile along one axis, and their indices in the sample."""
+    first = -(-tile.start // SAMPLE_STEP)
+    return slice(first * SAMPLE_STEP - tile.start, None, SAMPLE_STEP), slice(first, -(-tile.stop // SAMPLE_STEP))

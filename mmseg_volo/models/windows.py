@@ -36,6 +36,8 @@ class WindowNetwork:
         self._follows_training = follows_training
         # Called after each batch with the number of windows done and of all windows.
         self.progress: Callable[[int, int], None] | None = None
+        # Whether predictions have the logits of every SAMPLE_STEP-th pixel; evaluation sets it.
+        self.sampled = False
         self.graphs = Graphs()
         self._done, self._total = 0, 0
         self._fits: dict[tuple[int, int], int] = {}  # reduced batch size after an out-of-memory error, by window shape
