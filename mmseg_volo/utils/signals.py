@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that long work looks at where it can end well."""
+"""Turn SIGINT and SIGTERM into a flag that long-running work polls at safe points."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import threading
 
 
 class Stopped(RuntimeError):
-    """Work ended early because a signal asked for it; what was done until then is whole."""
+    """A signal stopped the work early; everything done so far is complete."""
 
     def __init__(self, number: int):
         super().__init__(f'stopped by {signal.Signals(number).name}')
@@ -14,17 +14,17 @@ class Stopped(RuntimeError):
 
     @property
     def status(self) -> int:
-        """The exit status that shells expect of a process that was ended by this signal."""
+        """The exit status of a process that this signal ended, by the convention of shells."""
         return 128 + self.number
 
 
 class StopSignals:
-    """While it is entered, signals do nothing but make :meth:`check` raise; a second Ctrl-C interrupts at once.
+    """Context in which signals only make :meth:`check` raise; a second Ctrl-C interrupts at once.
 
-    In another thread than the main one it does nothing: signals are the main thread's.
+    It has no effect outside the main thread, the only one that may handle signals.
 
     Args:
-        numbers: the signals.
+        numbers: the signals; by default SIGINT and SIGTERM.
     """
 
     def __init__(self, *numbers: int):
@@ -42,7 +42,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def check(self, *_) -> None:
-        """Raise :class:`Stopped` if a signal came; takes what progress reports give, so that it can be one."""
+        """Raise :class:`Stopped` if a signal came; ignores arguments, so that it can be a progress callback."""
         if self._came is not None:
             raise Stopped(self._came)
 

@@ -240,7 +240,7 @@ def test_bad_requests_are_named(small, tmp_path, monkeypatch):
 
 def test_bad_files_are_named(small, tmp_path):
     (tmp_path / 'empty.onnx').touch()
-    with pytest.raises(CheckpointError, match='no ONNX file, or broken'):
+    with pytest.raises(CheckpointError, match='broken or not an ONNX file'):
         Predictor(small[0], str(tmp_path / 'empty.onnx'), 'cpu')
     with pytest.raises(FileNotFoundError, match='does not exist'):
         Predictor(small[0], str(tmp_path / 'none.onnx'), 'cpu')

@@ -259,7 +259,7 @@ def test_the_hook_of_tests_compares_names_and_models_of_any_type(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
 def test_without_a_gpu(tmp_path):
     path = saved(tmp_path / 'x.pth')
-    message = "device cuda.*: there is no GPU that PyTorch can use; pass device='cpu'"
+    message = "device cuda.*: PyTorch finds no GPU; pass device='cpu'"
     for load in (
         partial(mmseg_init_model, config(), path),  # its default is cuda:0
         partial(init_model, config(), path, 'cuda:1'),
@@ -534,7 +534,7 @@ def test_mmsegs_inference_says_what_is_wrong_with_an_array(tmp_path):
     as_float = predict(image.astype(np.float32)).pred_sem_seg.data  # resized without rounding
     assert (as_float == predict(image).pred_sem_seg.data).float().mean() > 0.95
     for message, wrong in {
-        r'a picture of shape \(4, .*uint8: expected \(3, H, W\); mmseg takes arrays as': np.dstack(
+        r'an image of shape \(4, .*uint8: expected \(3, H, W\); mmseg takes arrays as': np.dstack(
             [image, image[..., 0]]
         ),
         'uint16: values from .* expected 0 to 255; mmseg_volo.inference.Predictor': image.astype(np.uint16) * 257,
@@ -555,7 +555,7 @@ def train_head(head: nn.Module, pictures: int) -> None:
 def test_one_picture_per_device_is_an_error_that_says_what_to_do(kind, monkeypatch):
     norm = dict(type=kind, requires_grad=True)
     head = MODELS.build(dict(config().model.decode_head, norm_cfg=norm))
-    message = r'cannot train on one picture per device.*batch_size=2 or more.*SyncBN.*GN'
+    message = r'cannot train on one image per device.*batch_size=2 or more.*SyncBN.*GN'
     with pytest.raises(ConfigError, match=message):
         train_head(head, 1)
     if kind == 'BN':
