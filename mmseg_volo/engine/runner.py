@@ -31,7 +31,7 @@ from .checkpoint_hook import AtomicCheckpointHook, collect
 from .distributed import init_gloo, watch_over
 from .loop import SeededDataset, seed_everything
 from .resume import check_resumable, newest_checkpoint
-from .sharding import VOLOFullyShardedDataParallel, share_optimizer_state, whole_parameters
+from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole_parameters
 
 
 @RUNNERS.register_module()
@@ -174,7 +174,7 @@ class VOLORunner(Runner):
                     f'RESUME: saved by {before} ranks, going on with {self.world_size}: other images from here on'
                 )
             if isinstance(self.model, VOLOFullyShardedDataParallel):
-                checkpoint['optimizer'] = share_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
+                checkpoint['optimizer'] = shard_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
         return checkpoint
 
     def _find_resume_point(self) -> None:
