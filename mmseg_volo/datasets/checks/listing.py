@@ -1,4 +1,4 @@
-"""From a data set's config to its files: which there are, which are missing, how they are read."""
+"""List the files of a data set from its config, and how they are read; find missing files."""
 
 import os
 from collections import Counter
@@ -17,7 +17,7 @@ Pair = tuple[str, str | None]  # an image and its label
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or with ``fault=False`` may be, with the file or folder ``path``."""
+    """A fault in the file or folder ``path``, or with ``fault=False`` a warning about it."""
 
     split: str
     kind: str
@@ -32,10 +32,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a data set's files are read: by which decoders, and what its labels then mean.
+    """How a data set's files are decoded, and what its label values mean.
 
-    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``; None where the pipeline reads them in another
-    way than by ``LoadImageFromFile`` and ``LoadAnnotations``, which leaves their content unchecked.
+    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``. They are None, and the content is not checked,
+    if the pipeline does not use ``LoadImageFromFile`` and ``LoadAnnotations``.
     """
 
     split: str
@@ -49,7 +49,7 @@ class Rules:
 
 @dataclass
 class Source:
-    """One data set below all wrappers: its (image, label or None) pairs and the folders they come from."""
+    """A data set without its wrappers: its (image, label or None) pairs and their folders."""
 
     rules: Rules
     names: tuple[str, ...] = ()
@@ -58,32 +58,32 @@ class Source:
     label_dir: str = ''
     image_suffix: str = ''
     label_suffix: str = ''
-    listed: bool = False  # by a file or indices: files beyond the list are no mistake
+    listed: bool = False  # by a file or by indices, so other files in the folders are no mistake
     findings: list[Finding] = field(default_factory=list)
 
 
 class LeftOut(Exception):
-    """A data set of a kind that is not understood."""
+    """The check does not support this data set; the message says why."""
 
 
 def find_sources(
     cfg: Mapping, split: str, left_out: Callable[[str], None], draw: bool = False, built: Dataset | None = None
 ) -> list[Source]:
-    """The data sets below all wrappers.
+    """List the data sets inside all wrappers.
 
     Args:
         cfg: config of a data set.
-        split: its name in findings.
-        left_out: called with the reason for each data set that is not understood.
-        draw: draw the scenes of a ``StreetSceneDataset`` where they are missing.
-        built: what was built from ``cfg``, if it was. Its files are not listed again.
+        split: name of the split in findings.
+        left_out: called with the reason for each data set that the check does not support.
+        draw: draw missing scenes of a ``StreetSceneDataset``.
+        built: the data set, if it is built already: its files are not listed again.
     """
     inner = cfg.get('datasets') or cfg.get('dataset')
     if inner:
-        several = inner if isinstance(inner, Sequence) else [inner]
-        if all(isinstance(each, Mapping) for each in several):
-            below = getattr(built, 'datasets', None) or [getattr(built, 'dataset', None)] * len(several)
-            found = [find_sources(one, split, left_out, draw, of) for one, of in zip(several, below, strict=True)]
+        cfgs = inner if isinstance(inner, Sequence) else [inner]
+        if all(isinstance(each, Mapping) for each in cfgs):
+            datasets = getattr(built, 'datasets', None) or [getattr(built, 'dataset', None)] * len(cfgs)
+            found = [find_sources(one, split, left_out, draw, data) for one, data in zip(cfgs, datasets, strict=True)]
             return list(chain.from_iterable(found))
     try:
         return [_open(cfg, split, draw, built)]
@@ -93,7 +93,11 @@ def find_sources(
 
 
 def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source:
-    """List a data set's files; where they cannot be listed for want of a folder, that is its only finding."""
+    """List a data set's files. If a folder or list is missing, that is the only finding.
+
+    Raises:
+        LeftOut: the data set is not supported.
+    """
     kind = cfg.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not isinstance(kind, type):
@@ -131,7 +135,7 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
             listing = os.path.join(cfg.get('data_root') or '', listing)
             needed += [] if os.path.exists(listing) else [listing]
         if not needed or not isinstance(error, OSError | AssertionError):
-            # The runner builds the data set in its own way, and says what is really wrong.
+            # The runner builds the data set too, and its error says what is wrong.
             raise LeftOut(f'its files cannot be listed ({error!r})') from error
         remedy = 'correct data_root, data_prefix and ann_file in the config, or put the data there'
         found = [Finding(split, 'empty', path, 'there is no such file or folder', remedy) for path in needed]
@@ -143,8 +147,12 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
         raise LeftOut('its samples are not those of BaseSegDataset')
     names = tuple(dataset.metainfo.get('classes') or ())
     if infos:
-        meaning = dict(reduce_zero_label=bool(infos[0]['reduce_zero_label']), label_map=infos[0].get('label_map'))
-        rules = replace(rules, classes=len(names) or None, **meaning)
+        rules = replace(
+            rules,
+            classes=len(names) or None,
+            reduce_zero_label=bool(infos[0]['reduce_zero_label']),
+            label_map=infos[0].get('label_map'),
+        )
     prefix = getattr(dataset, 'data_prefix', {})
     source = Source(
         rules=rules,
@@ -166,7 +174,7 @@ def _prefixes(cfg: Mapping) -> list[str]:
 
 
 def _steps(pipeline: Iterable) -> Iterator[Mapping]:
-    """All transforms of a pipeline, those inside others included."""
+    """Yield all transforms of a pipeline, also nested ones."""
     for step in pipeline:
         if isinstance(step, Mapping):
             yield step
@@ -176,7 +184,7 @@ def _steps(pipeline: Iterable) -> Iterator[Mapping]:
 
 
 def _reader(steps: Sequence[Mapping], names: Sequence[str], flag: str, backend: str) -> tuple[str, str] | None:
-    """Flag and backend by which the transform of one of these names decodes a file; None without such a transform."""
+    """Flag and backend with which the transform of one of these names decodes a file, or None if there is none."""
     for step in steps:
         kind = step.get('type')
         name = kind.__name__ if isinstance(kind, type) else str(kind).rsplit('.', 1)[-1]
@@ -186,7 +194,7 @@ def _reader(steps: Sequence[Mapping], names: Sequence[str], flag: str, backend: 
 
 
 def _empty(source: Source) -> Finding:
-    held = f'it holds {_holdings(source.image_dir)}' if os.path.isdir(source.image_dir) else 'no such folder'
+    held = _holdings(source.image_dir)
     if source.listed:
         problem, remedy = 'no image is listed for this folder', 'correct ann_file and indices in the config'
     else:
@@ -196,14 +204,16 @@ def _empty(source: Source) -> Finding:
 
 
 def _holdings(folder: str) -> str:
-    """The kinds of files in a folder, the most frequent first, as '12 .png, 1 .txt'."""
+    """Describe the files in a folder, most frequent suffixes first: 'it holds 12 .png, 1 .txt'."""
+    if not os.path.isdir(folder):
+        return 'no such folder'
     names = chain.from_iterable(files for _, _, files in os.walk(folder))
     suffixes = Counter(Path(name).suffix or 'without a suffix' for name in names)
-    return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3)) or 'no files'
+    return 'it holds ' + (', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3)) or 'no files')
 
 
 def missing_files(source: Source) -> list[Finding]:
-    """Images and labels that are not there; one finding for all labels where none is there."""
+    """Find missing images and labels. If all labels are missing, that is one finding."""
     split, labels = source.rules.split, [label for _, label in source.pairs if label is not None]
     paths = [path for pair in source.pairs for path in pair if path is not None]
     absent = set(paths) - present_files(paths)
@@ -212,11 +222,10 @@ def missing_files(source: Source) -> list[Finding]:
     elif not labels:
         remedy = "give data_prefix['seg_map_path'] in the config"
         where = source.image_dir or source.pairs[0][0]
-        unlabelled = [Finding(split, 'missing label', where, 'no folder of labels belongs to it', remedy)]
+        unlabelled = [Finding(split, 'missing label', where, 'it has no folder of labels', remedy)]
     elif absent.issuperset(labels):
         folder = source.label_dir or str(Path(labels[0]).parent)
-        held = f'it holds {_holdings(folder)}' if os.path.isdir(folder) else 'no such folder'
-        problem = f'none of the {len(labels)} labels is there ({held}; the first looked for is {labels[0]})'
+        problem = f'none of the {len(labels)} labels exists ({_holdings(folder)}; the first expected is {labels[0]})'
         remedy = 'correct seg_map_suffix and data_prefix in the config'
         unlabelled = [Finding(split, 'missing label', folder, problem, remedy)]
     else:
@@ -233,14 +242,14 @@ def missing_files(source: Source) -> list[Finding]:
     ]
 
 
-def _absence(path: str, what: str) -> str:
+def _absence(path: str, kind: str) -> str:
     if os.path.isdir(path):
-        return f'a folder is in the place of the {what}'
-    return f'the {what} is a broken link' if os.path.islink(path) else f'the {what} is missing'
+        return f'the {kind} is a folder'
+    return f'the {kind} is a broken link' if os.path.islink(path) else f'the {kind} is missing'
 
 
 def present_files(paths: Iterable[str]) -> set[str]:
-    """Those paths that are files; one listing for each folder, since asking for each file is slow on network disks."""
+    """Return the paths that are files. Lists each folder once, because one query per file is slow on network disks."""
     found = set()
     for folder in {os.path.dirname(path) for path in paths}:
         try:
@@ -252,7 +261,7 @@ def present_files(paths: Iterable[str]) -> set[str]:
 
 
 def left_over_files(source: Source) -> list[Finding]:
-    """Labels without image, and names of images that are no files, which mmseg passes over."""
+    """Find what mmseg ignores silently: labels without an image, and image names that are not files."""
     if source.listed or not source.image_suffix:
         return []
     split, known = source.rules.split, {os.path.normpath(path) for pair in source.pairs for path in pair if path}
@@ -264,7 +273,7 @@ def left_over_files(source: Source) -> list[Finding]:
     for path in _named(source.label_dir, source.label_suffix):
         if path not in known and os.path.isfile(path):
             remedy = 'add the image or remove the label'
-            findings.append(Finding(split, 'label without image', path, 'no image belongs to it', remedy, fault=False))
+            findings.append(Finding(split, 'label without image', path, 'it has no image', remedy, fault=False))
     return findings
 
 
