@@ -51,7 +51,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         help='load what fits from a checkpoint of another model or other classes',
     )
     parser.add_argument(
-        '--window-batch', type=int, metavar='N', help='sliding windows per forward pass; default: as many as fit'
+        '--window-batch', type=int, metavar='N', help='sliding windows per forward pass; default: chosen by their size'
     )
 
 
