@@ -43,7 +43,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         help='replay CUDA graphs of the network; default: on a GPU, if windows of one shape repeat',
     )
     parser.add_argument(
-        '--channels-last', action='store_true', help='keep the weights of convolutions in channels-last memory format'
+        '--channels-last', action='store_true', help='store convolution weights in channels-last format'
     )
     parser.add_argument(
         '--allow-mismatch',

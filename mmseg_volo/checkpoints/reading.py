@@ -318,11 +318,10 @@ def load_from_ceph(url: str, map_location: MapLocation = None) -> dict:
     Raises:
         CheckpointError: the backend is not available or has no such file, or as :func:`load_from_local`.
     """
-
-    def fetch(target: Path) -> None:
-        target.write_bytes(get_file_backend(url, backend_args=dict(backend='petrel')).get(url))
-
-    return _fetch_to_temporary(url, fetch, map_location)
+    backend = dict(backend='petrel')
+    return _fetch_to_temporary(
+        url, lambda path: path.write_bytes(get_file_backend(url, backend_args=backend).get(url)), map_location
+    )
 
 
 @CheckpointLoader.register_scheme(prefixes='pavi://', force=True)

@@ -137,11 +137,7 @@ def save_error(path: str | Path, error: Exception) -> SaveError:
 
 
 def seal(path: Path) -> None:
-    """Append the SHA-256 of a file of :func:`torch.save` as its ZIP comment.
-
-    Raises:
-        ValueError: not a ZIP file, or one with a comment.
-    """
+    """Append the SHA-256 of a file of :func:`torch.save` as its ZIP comment; raise ValueError for any other file."""
     with path.open('r+b') as file:
         # A ZIP file ends with the length of its comment and the comment; torch.save writes no comment.
         file.seek(-2, os.SEEK_END)

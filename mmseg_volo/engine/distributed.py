@@ -16,8 +16,6 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-import torch
-import torch.distributed
 import torch.distributed as dist
 
 from ..errors import ProcessLost
@@ -121,11 +119,7 @@ def watch_over(patience: float) -> Watch | None:
 
 
 def init_gloo(launcher: str) -> None:
-    """Initialise the default process group on gloo, for the launcher 'pytorch' or 'slurm'.
-
-    Raises:
-        ValueError: another launcher.
-    """
+    """Initialise the default process group on gloo; ``launcher`` must be 'pytorch' or 'slurm'."""
     if launcher == 'slurm':
         os.environ.setdefault('MASTER_PORT', '29500')
         if 'MASTER_ADDR' not in os.environ:
@@ -146,7 +140,7 @@ def init_gloo(launcher: str) -> None:
     interface = _interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))
     if interface:
         os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
-    torch.distributed.init_process_group('gloo')
+    dist.init_process_group('gloo')
 
 
 def _interface_to(host: str) -> str | None:

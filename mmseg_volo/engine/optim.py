@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from numbers import Real
 
 import torch
-import torch.distributed
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log

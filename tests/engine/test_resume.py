@@ -169,7 +169,6 @@ def test_steps_that_are_not_finite_are_skipped(whole):
 
 def test_training_ends_after_too_many_steps_that_are_not_finite(whole):
     runner = poisoned(whole, 'lost', range(3, 9))
-    runner.cfg.custom_hooks[0].max_in_row = 3
     next(hook for hook in runner.hooks if isinstance(hook, NonFiniteGuardHook)).max_in_row = 3
     with pytest.raises(
         TrainingDiverged, match=r'iteration 5: .*3 in a row.*scenes.*Last good checkpoint: .*iter_4.pth'

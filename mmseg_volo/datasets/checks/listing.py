@@ -93,11 +93,7 @@ def find_sources(
 
 
 def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source:
-    """List a data set's files. If a folder or list is missing, that is the only finding.
-
-    Raises:
-        LeftOut: the data set is not supported.
-    """
+    """List a data set's files, or raise LeftOut. If a folder or list is missing, that is the only finding."""
     kind = cfg.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not isinstance(kind, type):
@@ -147,12 +143,8 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
         raise LeftOut('its samples are not those of BaseSegDataset')
     names = tuple(dataset.metainfo.get('classes') or ())
     if infos:
-        rules = replace(
-            rules,
-            classes=len(names) or None,
-            reduce_zero_label=bool(infos[0]['reduce_zero_label']),
-            label_map=infos[0].get('label_map'),
-        )
+        labels = dict(reduce_zero_label=bool(infos[0]['reduce_zero_label']), label_map=infos[0].get('label_map'))
+        rules = replace(rules, classes=len(names) or None, **labels)
     prefix = getattr(dataset, 'data_prefix', {})
     source = Source(
         rules=rules,
