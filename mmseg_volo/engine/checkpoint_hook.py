@@ -33,7 +33,7 @@ _CONFIG_TEXTS: WeakKeyDictionary[Runner, str] = WeakKeyDictionary()
 
 
 def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_scheduler: bool = True) -> dict | None:
-    """Collect what an mmengine checkpoint holds. Tensors are not copied and stay on their device.
+    """Collect what an mmengine checkpoint holds. Unsharded tensors are not copied and stay on their device.
 
     Args:
         runner: the runner. If its model is sharded, all ranks must call this.
