@@ -25,11 +25,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmseg_volo', 'mmseg_volo.*']),
-    package_data={
-        'mmseg_volo.report': ['*.css', '*.html'],
-        'mmseg_volo.demo': ['*.css', '*.js'],
-        'mmseg_volo.publish': ['*.jinja'],
-    },
+    package_data={'mmseg_volo.report': ['*.css', '*.html'], 'mmseg_volo.publish': ['*.jinja']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',
@@ -37,6 +33,7 @@ setup(
         'timm>=1.0.9',
         *OPENMMLAB,
         'opencv-python',
+        'av>=17',
         'numba>=0.61',
         'numpy',
         'pillow',
@@ -56,6 +53,6 @@ setup(
         'tensorboard': TENSORBOARD,
         'wandb': WANDB,
         'test': TEST,
-        'dev': [*TEST, 'ruff==0.17.*', 'playwright'],
+        'dev': [*TEST, 'ruff==0.17.*', 'import-linter', 'playwright'],
     },
 )

@@ -20,7 +20,7 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='LabelGuardHook'),
     dict(type='NonFiniteGuardHook', max_in_row=25),
-    dict(type='EvaluationRecordHook'),  # for tools/report.py
+    dict(type='EvaluationRecordHook'),  # validation loss, and the record for tools/report.py
 ]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')

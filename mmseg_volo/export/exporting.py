@@ -15,7 +15,7 @@ from ..inference.model import init_model
 from ..models.onnx import STEP, check_packages, open_onnx
 from ..models.windows import has_plain_head
 from ..version import __version__
-from .checks import check_onnx, compare, judge, sample_pictures, sizes_to_check
+from .checks import check_onnx, compare, judge, sample_images, sizes_to_check
 from .formats import FORMATS, OPSET, open_pt2, trace, write_onnx, write_pt2
 from .network import ExportNetwork, exportable, swaps_channels
 from .tensorrt import TENSORRT
@@ -93,7 +93,7 @@ def export_model(
             write_pt2(program, about, part)
             del program
             run = open_pt2(part)[0]
-        images, source = sample_pictures(config, pictures)
+        images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
         os.replace(part, path)

@@ -172,7 +172,7 @@ def predict_files(
         out_dir: gets for each image ``NAME.png`` with class ids (8 bit, or 16 bit above 256 classes), with
             ``with_overlay`` ``NAME_overlay.png``, the picture with the classes' colours over it, and where the
             predictor was asked for the confidence ``NAME_confidence.png``, from 0 to 255 for certain; for each video
-            ``NAME_overlay.mp4`` alone.
+            ``NAME_overlay.mp4`` alone, with its sound.
         with_legend: put the names and colours of the classes that occur below overlays.
         opacity: weight of an overlay's colours, from 0 to 1.
         video_format: a key of :data:`~mmseg_volo.inference.video.VIDEO_FORMATS`.

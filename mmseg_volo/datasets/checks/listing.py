@@ -10,8 +10,6 @@ from pathlib import Path
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
-from ..street_scenes import StreetSceneDataset
-
 Pair = tuple[str, str | None]  # an image and its label
 
 
@@ -98,7 +96,7 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not isinstance(kind, type):
         raise LeftOut('it is not registered')
-    if issubclass(kind, StreetSceneDataset) and not draw:
+    if getattr(kind, 'draws_itself', False) and not draw:
         raise LeftOut('it draws and checks its files itself')
     steps = list(_steps(cfg.get('pipeline') or []))
     folders = [os.path.join(cfg.get('data_root') or '', folder) for folder in _prefixes(cfg)]
