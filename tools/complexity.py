@@ -2,7 +2,7 @@
 
 import argparse
 
-from mmseg_volo.complexity import table
+from mmseg_volo.benchmark.complexity import table
 
 
 def main() -> None:

@@ -1,16 +1,12 @@
 """VOLO-D1 beside what mmseg offers in its place: images a second, memory and published accuracy on ADE20K.
 
-A network can run in three ways (:data:`RUNS`): up to logits in the pictures' size; as this package's prediction runs
-it, batches of windows through ``WindowNetwork`` with what that does for speed; and end to end, from prepared pictures
-to class ids. Of other networks the second way is a plain forward pass.
+A network can run in three ways (:data:`RUNS`): up to logits in the size of the images; as this package's prediction
+runs it, batches of windows through ``WindowNetwork``, which is faster; and end to end, from prepared images to class
+ids. Of other networks the second way is a plain forward pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
-from math import inf
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,37 +16,26 @@ from mmseg.models import EncoderDecoder
 from mmseg.models.backbones import MixVisionTransformer, SwinTransformer, TIMMBackbone
 from mmseg.models.decode_heads import SegformerHead, UPerHead
 from mmseg.models.utils import resize
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.segmentors import StreamingEncoderDecoder
-from .cases import BatchCase, columns_of
-from .measuring import (
-    NOT_MEASURED,
-    UNTIL_GRAPHS,
-    autocast,
-    forget_compiled,
-    in_process,
-    memory_here,
-    memory_of,
-    repeat,
-    repeats_for,
-    take_turns,
-    time_limit,
-    why_not_compiled,
-)
-from .peer import compiled, segmentor
-from .pictures import noise
-from .reporting import MEMORY_NOTES, Spread, figure, mb, memory_kind, print_table, progress, times_faster, write_csv
+from . import plots, tables
+from .comparison import MEMORY_NOTES, BatchComparison, Found, Settings, compare, tensors_of
+from .inputs import noise
+from .machine import on_gpu
+from .memory import NOT_MEASURED, memory_kind
+from .stock import compiled, segmentor
+from .tables import Columns, Spread, text, times_faster
+from .timing import UNTIL_GRAPHS, autocast
 
 CLASSES = 150  # of ADE20K
 RUNS = 'logits', 'network', 'predict'
-COMPILED = 'volo-d1-timm-compiled'
+OURS, STOCK, COMPILED = 'volo-d1', 'volo-d1-timm', 'volo-d1-timm-compiled'
 
 
 class Network(NamedTuple):
     """What mmseg's ADE20K config makes of a backbone, and the mIoU published for it, in percent.
 
-    ``miou`` is at a single scale, ``miou_multi`` at several with flip; None where no figure could be verified.
+    ``miou`` is at a single scale, ``miou_multi`` at several with flip; None if no figure could be verified.
     """
 
     backbone: dict
@@ -70,206 +55,169 @@ def _convnext(name: str) -> dict:
 
 
 _UPER = dict(type=UPerHead, in_channels=[96, 192, 384, 768], pool_scales=(1, 2, 3, 6), channels=512)
+_MIT_B5 = dict(
+    type=MixVisionTransformer,
+    embed_dims=64,
+    num_layers=[3, 6, 40, 3],
+    num_heads=[1, 2, 5, 8],
+    patch_sizes=[7, 3, 3, 3],
+    sr_ratios=[8, 4, 2, 1],
+    mlp_ratio=4,
+    qkv_bias=True,
+)
+_SEGFORMER = dict(type=SegformerHead, in_channels=[64, 128, 320, 512], channels=256)
+# The abstract of arXiv:2106.13112 gives 54.3 mIoU for the best variant; for D1 no figure could be verified.
+_VOLO = Network({}, {}, None, None, 'none')
 # The figures are mmsegmentation's own, from configs/*/metafile.yaml: 160k iterations at 512 x 512, from ImageNet-1K.
 NETWORKS = {
-    # The abstract of arXiv:2106.13112 gives 54.3 for the best variant; for D1 no figure could be verified.
-    'volo-d1': Network({}, {}, None, None, 'none'),
-    # timm's VOLO in stock mmseg, and that through torch.compile.
-    'volo-d1-timm': Network({}, {}, None, None, 'none'),
-    COMPILED: Network({}, {}, None, None, 'none'),
+    OURS: _VOLO,
+    STOCK: _VOLO,
+    COMPILED: _VOLO,
     'swin-t': Network(_swin((2, 2, 6, 2)), _UPER, 44.41, 45.79, 'mmseg configs/swin/metafile.yaml'),
     'swin-s': Network(_swin((2, 2, 18, 2)), _UPER, 47.72, 49.24, 'mmseg configs/swin/metafile.yaml'),
     'convnext-t': Network(_convnext('convnext_tiny'), _UPER, 46.11, 46.62, 'mmseg configs/convnext/metafile.yaml'),
     'convnext-s': Network(_convnext('convnext_small'), _UPER, 48.56, 49.02, 'mmseg configs/convnext/metafile.yaml'),
-    'mit-b5': Network(
-        dict(
-            type=MixVisionTransformer,
-            embed_dims=64,
-            num_layers=[3, 6, 40, 3],
-            num_heads=[1, 2, 5, 8],
-            patch_sizes=[7, 3, 3, 3],
-            sr_ratios=[8, 4, 2, 1],
-            mlp_ratio=4,
-            qkv_bias=True,
-        ),
-        dict(type=SegformerHead, in_channels=[64, 128, 320, 512], channels=256),
-        49.13,
-        50.22,
-        'mmseg configs/segformer/metafile.yaml',
-    ),
+    'mit-b5': Network(_MIT_B5, _SEGFORMER, 49.13, 50.22, 'mmseg configs/segformer/metafile.yaml'),
 }
 
 
-@dataclass(frozen=True)
-class ModelCase(BatchCase):
-    """One of :data:`NETWORKS` and its input.
+@dataclass(frozen=True, kw_only=True)
+class ModelsCase(BatchComparison):
+    """Networks and their input.
 
     Args:
-        model: its name.
-        run: one of :data:`RUNS`.
-        size, batch, precision, device, threads: see :class:`BatchCase`.
+        sides: names in :data:`NETWORKS`; the first is what the others are compared with.
+        run_as: one of :data:`RUNS`.
+        others: see :class:`BatchComparison`.
     """
 
-    model: str = 'volo-d1'
-    run: str = 'logits'
+    sides: tuple[str, ...] = tuple(NETWORKS)
+    run_as: str = 'logits'
 
+    NAME = 'models'
+    COMPILED = COMPILED
+    SHORT_CALLS = True
+    FROM_FIRST_CALL = (OURS,)
 
-def measure_models(cases: Sequence[ModelCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
-    """Measure the cases; those that differ by their model alone take turns.
+    @staticmethod
+    def label(row: dict) -> str:
+        return f'batch {row["batch"]}, {row["precision"]}, {row["run"]}'
 
-    The table, the CSV file and the figure go to ``out``.
-    """
-    rows = []
-    for _, group in groupby(cases, lambda case: (case.size, case.batch, case.precision, case.run)):
-        for row, case in compare(list(group), rounds, memory):
-            if memory and not in_process(case.device):
-                row.update(memory_of(forward_steps, case).columns())
-            rows.append({**row, **environment})
-            write_csv(out / 'models.csv', rows)
-    _print(rows, memory)
-    _plot(rows, out / 'models.png')
+    @staticmethod
+    def title(row: dict) -> str:
+        return (
+            f'{row["height"]} x {row["width"]} pixels, {CLASSES} classes; median (least–greatest) of {row["rounds"]}; '
+            'mIoU: published, on ADE20K'
+        )
 
+    def case_columns(self) -> dict:
+        columns = super().case_columns()
+        columns['run'] = columns.pop('run_as')
+        return columns
 
-def compare(
-    cases: Sequence[ModelCase],
-    rounds: int,
-    memory: bool = False,
-    compile_seconds: float = inf,
-    built: dict[str, EncoderDecoder] | None = None,
-) -> list[tuple[dict, ModelCase]]:
-    """A row for each case, with its speed beside the first one's; the compiled peer only where it runs.
+    def build(self) -> dict[str, EncoderDecoder]:
+        return {side: self.build_alone(side) for side in self.sides if side != COMPILED}
 
-    Networks are taken from ``built``, by name, and put there.
-    """
-    first, x = cases[0], noise(cases[0])
-    models, calls, found = {}, {}, {}
-    built = {} if built is None else built
-    for case in cases:
-        try:
-            with time_limit(compile_seconds if case.model == COMPILED else inf):
-                if case.model not in built:
-                    built[case.model] = build_network(case)
-                # Nothing that other cases have left there, as CUDA graphs.
-                model = built[case.model].eval()
-                call = partial(_run, model, case, x)
-                if case.model == 'volo-d1' and memory and in_process(case.device):
-                    calls_until_graph = partial(repeat, call, UNTIL_GRAPHS)
-                    found[case.model] = memory_here(calls_until_graph, case.device, model, x)
-                call()
-        except Exception as error:
-            if case.model != COMPILED:
-                raise
-            progress(f'{case.model}: does not run here: {why_not_compiled(error)}')
-            continue
-        models[case.model], calls[case.model] = model, call
-        if memory and in_process(case.device) and case.model not in found:
-            found[case.model] = memory_here(call, case.device, model, x)
-    repeats = {name: repeats_for(call, first.device) for name, call in calls.items()}
-    label = f'batch {first.batch}, {first.precision}'
-    seconds, _ = take_turns(calls, rounds, first.device, label, repeats)
-    rows = []
-    for case in (case for case in cases if case.model in models):
-        network = NETWORKS[case.model]
-        parameters = sum(parameter.numel() for parameter in models[case.model].parameters())
-        row = dict(**columns_of(case), classes=CLASSES, parameters_m=parameters / 1e6, rounds=rounds)
-        row.update(Spread.of([case.batch / spent for spent in seconds[case.model]]).columns('images_per_s'))
-        row.update(times_faster(seconds, case.model, first.model).columns('times_faster'))
-        row.update(ade20k_miou=network.miou, ade20k_miou_multi_scale=network.miou_multi, miou_source=network.source)
-        rows.append(({**row, **found.get(case.model, NOT_MEASURED).columns()}, case))
-    return rows
+    def build_alone(self, side: str) -> EncoderDecoder:
+        """The segmentor with random weights on the device, in eval mode, without the head that only trains."""
+        if side == COMPILED:
+            return self.build_compiled({})
+        if side in (OURS, STOCK):
+            model = segmentor('ours' if side == OURS else 'stock', 'd1', CLASSES)
+            if side == OURS:
+                model.test_cfg.precision = self.precision  # for what does not run under the caller's autocast
+        else:
+            network = NETWORKS[side]
+            head = dict(in_index=[0, 1, 2, 3], num_classes=CLASSES, norm_cfg=dict(type='BN'), align_corners=False)
+            head.update(network.head, loss_decode=dict(type='CrossEntropyLoss'))
+            model = EncoderDecoder(network.backbone, head, test_cfg=ConfigDict(mode='whole'))
+        return model.to(self.device).eval()
 
+    def build_compiled(self, models: dict[str, EncoderDecoder]) -> EncoderDecoder:
+        return compiled(models.get(STOCK) or self.build_alone(STOCK))
 
-def build_network(case: ModelCase) -> EncoderDecoder:
-    """The segmentor of a case on its device, with random weights, in eval mode, without the head that only trains."""
-    if case.model.startswith('volo-d1'):
-        model = segmentor('ours' if case.model == 'volo-d1' else 'stock', 'd1', CLASSES)
-        if case.model == 'volo-d1':
-            model.test_cfg.precision = case.precision  # for what does not run under the caller's autocast
-    else:
-        network = NETWORKS[case.model]
-        head = dict(in_index=[0, 1, 2, 3], num_classes=CLASSES, norm_cfg=dict(type='BN'), align_corners=False)
-        head.update(network.head, loss_decode=dict(type='CrossEntropyLoss'))
-        model = EncoderDecoder(network.backbone, head, test_cfg=ConfigDict(mode='whole'))
-    model = model.to(case.device).eval()
-    if case.model != COMPILED:
-        return model
-    forget_compiled()
-    return compiled(model)
+    def inputs(self, model: EncoderDecoder) -> Tensor:
+        return noise(self.batch, self.size, self.device)
 
+    def held(self, model: nn.Module, data: Tensor) -> list[Tensor]:
+        return [*tensors_of(model), data]
 
-@torch.no_grad()
-def _run(model: EncoderDecoder, case: ModelCase, x: Tensor) -> None:
-    """As ``case.run`` says; nothing is returned, since the logits of all models together are large."""
-    ours = isinstance(model, StreamingEncoderDecoder)
-    if ours and case.run == 'network':
-        network = model.network
-        with network.running():
-            network.run(list(x))
-    elif ours and case.run == 'predict':
-        model.predict(x)
-    else:
-        with autocast(case.precision, case.device):
-            if case.run == 'predict':
-                model.predict(x)
-                return
-            logits = model(x, mode='tensor')
-            if case.run == 'logits':
-                resize(logits, x.shape[2:], mode='bilinear', align_corners=False)
+    @torch.no_grad()
+    def run(self, model: EncoderDecoder, side: str, data: Tensor) -> None:
+        """As ``run_as`` says; nothing is returned, since the logits of all models together are large."""
+        if side == OURS and self.run_as == 'network':
+            with model.network.running():
+                model.network.run(list(data))
+        elif side == OURS and self.run_as == 'predict':
+            model.predict(data)
+        else:
+            with autocast(self.precision, self.device):
+                if self.run_as == 'predict':
+                    model.predict(data)
+                    return
+                logits = model(data, mode='tensor')
+                if self.run_as == 'logits':
+                    resize(logits, data.shape[2:], mode='bilinear', align_corners=False)
 
+    def warm_up(self, model: EncoderDecoder, side: str, data: Tensor) -> None:
+        model.eval()  # drops the CUDA graphs of other cases
+        for _ in range(UNTIL_GRAPHS if side == OURS and on_gpu(self.device) else 1):
+            self.run(model, side, data)
 
-def forward_steps(case: ModelCase) -> Iterator[None]:
-    """For :func:`~mmseg_volo.benchmark.measuring.memory_of`."""
-    model = build_network(case)
-    yield
-    x = noise(case)
-    yield
-    _run(model, case, x)
+    def sides_alone(self, sides: Sequence[str]) -> list[str]:
+        return list(sides)
 
+    def rows(self, settings: Settings, models: dict[str, EncoderDecoder] | None = None) -> list[dict]:
+        """A row for each network.
 
-def _print(rows: Sequence[dict], memory: bool) -> None:
-    first, kind = rows[0], memory_kind(rows[0])
-    cells = []
-    for row in rows:
-        speeds = [str(Spread.in_row(row, name)) for name in ('images_per_s', 'times_faster')]
-        taken = [mb(row[f'{kind}_mb'])] if memory else []
-        published = [_percent(row[name]) for name in ('ade20k_miou', 'ade20k_miou_multi_scale')]
-        head = [row['model'], row['run'], str(row['batch']), row['precision'], f'{row["parameters_m"]:.1f}']
-        cells.append([*head, *speeds, *taken, *published])
-    fields = [
-        'model',
-        'run',
-        'batch',
-        'precision',
-        'parameters (M)',
-        'images / s',
-        f'times faster than {first["model"]}',
-    ]
-    fields += ['memory (MB)'] if memory else []
-    print(
-        f'{first["height"]} x {first["width"]} pixels, {CLASSES} classes; '
-        f'median (least–greatest) of {first["rounds"]}; mIoU: published, on ADE20K'
-    )
-    print_table([*fields, 'mIoU, one scale', 'several'], cells)
-    if memory:
-        print(f'MB: {MEMORY_NOTES[kind]}')
+        Args:
+            settings: how they are measured.
+            models: networks that are already built, by name; those that are missing are added.
+        """
+        if models is not None:
+            for side in self.sides:
+                if side not in models and side != COMPILED:
+                    models[side] = self.build_alone(side)
+        found = compare(self, settings, models)
+        parameters = {side: sum(p.numel() for p in found.models[side].parameters()) for side in found.seconds}
+        self.take_memory(found, settings)
+        return [self._row(found, settings, side, parameters[side]) for side in found.seconds]
 
+    def _row(self, found: Found, settings: Settings, side: str, parameters: int) -> dict:
+        network = NETWORKS[side]
+        return dict(
+            **self.case_columns(),
+            model=side,
+            classes=CLASSES,
+            parameters_m=parameters / 1e6,
+            rounds=settings.rounds,
+            **Spread.of([self.batch / spent for spent in found.seconds[side]]).columns('images_per_s'),
+            **times_faster(found.seconds, side, next(iter(found.seconds))).columns('times_faster'),
+            ade20k_miou=network.miou,
+            ade20k_miou_multi_scale=network.miou_multi,
+            miou_source=network.source,
+            **found.memory.get(side, NOT_MEASURED).columns(),
+        )
 
-def _percent(value: float | None) -> str:
-    return '–' if value is None else f'{value:.2f}'
+    def columns(self) -> Columns:
+        return {
+            'network': text('{model}'),
+            'run': text('{run}'),
+            'batch': text('{batch}'),
+            'precision': text('{precision}'),
+            'parameters (M)': text('{parameters_m:.1f}'),
+            'images / s': tables.spread('images_per_s'),
+            f'times faster than {self.sides[0]}': tables.spread('times_faster'),
+            'memory': tables.size(f'{memory_kind(self.device)}_mb'),
+            'mIoU, one scale': text('{ade20k_miou:.2f}'),
+            'several': text('{ade20k_miou_multi_scale:.2f}'),
+        }
 
+    def notes(self, rows: Sequence[dict]) -> list[str]:
+        kind = memory_kind(self.device)
+        return [f'memory: {MEMORY_NOTES[kind]}'] * (rows[0][f'{kind}_mb'] is not None)
 
-def _plot(rows: Sequence[dict], path: Path) -> None:
-    """A panel for each batch, precision and run; a line where the accuracy is not known."""
-    key = itemgetter('batch', 'precision', 'run')
-    groups = [list(group) for _, group in groupby(rows, key)]
-    drawn, axes = figure(len(groups), rows, 4)
-    for axis, group in zip(axes, groups, strict=True):
-        for i, row in enumerate(group):
-            if row['ade20k_miou'] is None:
-                axis.axvline(row['images_per_s'], color=f'C{i}', linestyle='--', label=row['model'])
-            else:
-                axis.plot(row['images_per_s'], row['ade20k_miou'], 'o', color=f'C{i}', label=row['model'])
-        axis.set(title=', '.join(map(str, key(group[0]))), xlabel='images / s', xlim=(0, None))
-        axis.set_ylabel('published ADE20K mIoU, one scale')
-        axis.legend()
-    drawn.savefig(path, dpi=120)
+    def plot(self, rows: Sequence[dict], path: Path) -> None:
+        """A panel for each batch, precision and run."""
+        groups = dict.fromkeys(map(self.label, rows))
+        plots.accuracy(path, rows, {name: [row for row in rows if self.label(row) == name] for name in groups})

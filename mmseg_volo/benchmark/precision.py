@@ -1,7 +1,9 @@
-"""What each option of prediction changes on a user's model and pictures."""
+"""What each option of prediction changes on a user's model and images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -10,9 +12,12 @@ from ..inference.files import find_images
 from ..inference.predictor import Predictor
 from ..models.windows import PRECISIONS
 from ..utils.config import load_config
-from .measuring import timed
-from .reporting import Spread, figure, print_table, progress, times_faster, write_csv
+from . import plots, tables
+from .comparison import Comparison, Settings, compare
+from .tables import Columns, Spread, text, times_faster
+from .timing import progress, seconds_of
 
+_BASELINE = 'fp32'
 OPTIONS = {
     **{name: dict(precision=name) for name in PRECISIONS},
     'channels-last': dict(precision='fp32', channels_last=True),
@@ -20,109 +25,141 @@ OPTIONS = {
 }
 
 
-def measure_precision(
-    config: str,
-    checkpoint: str,
-    sources: Sequence[str],
-    options: Sequence[str],
-    files: Sequence[str],
-    rounds: int,
-    aug_test: bool,
-    limit: int,
-    out: Path,
-    environment: dict,
-) -> None:
-    """Time and predictions with each of :data:`OPTIONS`, and with exported ``files`` of the model, against fp32.
+@dataclass(frozen=True, kw_only=True)
+class PrecisionCase(Comparison):
+    """A model, images, and the options that are compared with float32.
 
-    An option that PyTorch cannot run on this device is reported and left out.
-
-    Raises:
-        CheckpointError, ConfigError, FileNotFoundError: see :class:`mmseg_volo.inference.Predictor`.
+    Args:
+        sides: names in :data:`OPTIONS`, 'fp32' first, and the names of ``files``.
+        config, checkpoint: of the model.
+        files: the model as exported by ``tools/export.py``, by name.
+        images: arrays (H, W, 3), BGR, uint8.
+        aug_test: multi-scale and flip.
+        others: see :class:`Comparison`.
     """
-    load_config(config)  # a wrong name is said before pictures are read
-    pictures = _read_pictures(sources, limit)
-    device = environment['device']
-    predictors = _predictors(config, checkpoint, options, aug_test, device, pictures[0])
-    for file in files:
-        predictors[Path(file).name] = Predictor(load_config(config), file, device, aug_test)
-    changed = _changed_pixels(predictors, pictures)
-    seconds: dict[str, list[float]] = {name: [] for name in predictors}
-    for i in range(rounds):
-        for name, predictor in predictors.items():
-            spent = 0.0
-            for picture in pictures:
-                data = predictor.prepare(picture)
-                spent += timed(lambda run=predictor.predict, data=data: run(data), device)[0]
-            seconds[name].append(spent / len(pictures))
-        progress(f'round {i + 1} of {rounds}: ' + ', '.join(f'{name} {s[-1]:.3g} s' for name, s in seconds.items()))
-    rows = []
-    for name, of_option in seconds.items():
-        row = dict(option=name, pictures=len(pictures), views='aug-test' if aug_test else 1, rounds=rounds)
-        row.update(Spread.of(of_option).columns('seconds'))
-        row.update(times_faster(seconds, name, 'fp32').columns('times_faster'))
-        rows.append({**row, 'changed_pixels': changed[name], **environment})
-    write_csv(out / 'precision.csv', rows)
-    _print(rows)
-    _plot(rows, out / 'precision.png')
+
+    config: str
+    checkpoint: str
+    files: dict[str, str]
+    images: tuple[np.ndarray, ...]
+    aug_test: bool = False
+
+    NAME = 'precision'
+    BASELINE = _BASELINE
+
+    @classmethod
+    def of(
+        cls, config: str, checkpoint: str, sources: Sequence[str], options: Sequence[str], onnx: Sequence[str],
+        limit: int, **others: Any,
+    ) -> 'PrecisionCase':  # fmt: skip
+        """The case for images that a user names.
+
+        Raises:
+            FileNotFoundError: no config, or no image that can be read.
+        """
+        load_config(config)  # a wrong name is reported before images are read
+        files = {Path(file).name: file for file in onnx}
+        sides = tuple(dict.fromkeys([_BASELINE, *options, *files]))
+        images = tuple(read_images(sources, limit))
+        return cls(sides=sides, config=config, checkpoint=checkpoint, files=files, images=images, **others)
+
+    @staticmethod
+    def label(row: dict) -> str:
+        return row['option']
+
+    @staticmethod
+    def title(row: dict) -> str:
+        return f'images: {row["pictures"]}; median (least–greatest) of {row["rounds"]}; against {_BASELINE}'
+
+    def __str__(self) -> str:
+        return f'{len(self.images)} images'
+
+    def build(self) -> dict[str, Predictor]:
+        return {side: self.build_alone(side) for side in self.sides}
+
+    def build_alone(self, side: str) -> Predictor:
+        config = load_config(self.config)
+        if side in self.files:
+            return Predictor(config, self.files[side], self.device, self.aug_test)
+        return Predictor(config, self.checkpoint, self.device, self.aug_test, **OPTIONS[side])
+
+    def inputs(self, model: Predictor) -> '_Images':
+        return _Images(self.images)
+
+    def warm_up(self, model: Predictor, side: str, data: '_Images') -> None:
+        """Predict every image, so that every shape is warmed up, and count the pixels whose class differs."""
+        changed = 0
+        for i, image in enumerate(data.images):
+            classes = model(image).astype(np.uint16)
+            if side == _BASELINE:
+                data.baseline.append(classes)
+            changed += int((classes != data.baseline[i]).sum())
+        data.changed[side] = changed / sum(classes.size for classes in data.baseline)
+
+    def run(self, model: Predictor, side: str, data: '_Images') -> float:
+        """Predict every image; the seconds for one of them, without preparing it."""
+        seconds = 0.0
+        for image in data.images:
+            prepared = model.prepare(image)
+            seconds += seconds_of(lambda prepared=prepared: model.predict(prepared))
+        return seconds / len(data.images)
+
+    def seconds(self, call: Callable[[], float], calls: int) -> float:
+        return call()
+
+    def may_be_missing(self, side: str, error: Exception) -> bool:
+        """An option that PyTorch cannot run on this device."""
+        return isinstance(error, RuntimeError) and side != _BASELINE and side not in self.files
+
+    def rows(self, settings: Settings) -> list[dict]:
+        """A row for each option that runs here."""
+        found = compare(self, replace(settings, memory=False))
+        shared = dict(pictures=len(self.images), views='aug-test' if self.aug_test else 1, rounds=settings.rounds)
+        return [
+            dict(
+                option=side,
+                **shared,
+                **Spread.of(seconds).columns('seconds'),
+                **times_faster(found.seconds, side, _BASELINE).columns('times_faster'),
+                changed_pixels=found.data.changed[side],
+            )
+            for side, seconds in found.seconds.items()
+        ]
+
+    def columns(self) -> Columns:
+        return {
+            'option': self.label,
+            'time for an image': tables.time('seconds'),
+            'times faster': tables.spread('times_faster'),
+            'changed pixels': text('{changed_pixels:.3%}'),
+        }
+
+    def plot(self, rows: Sequence[dict], path: Path) -> None:
+        panels = {
+            'seconds for an image': {'seconds': [row['seconds'] for row in rows]},
+            '% of pixels that change': {'changed': [100 * row['changed_pixels'] for row in rows]},
+        }
+        plots.bars(path, rows, [self.label(row) for row in rows], panels)
 
 
-def _read_pictures(sources: Sequence[str], limit: int) -> list[np.ndarray]:
+@dataclass
+class _Images:
+    """The images, the classes that float32 finds, and the share of pixels that each side changes."""
+
+    images: Sequence[np.ndarray]
+    baseline: list[np.ndarray] = field(default_factory=list)
+    changed: dict[str, float] = field(default_factory=dict)
+
+
+def read_images(sources: Sequence[str], limit: int) -> list[np.ndarray]:
+    """The first images of files, folders and glob patterns; broken ones are reported and skipped."""
     paths = list(find_images(sources))
     read = {path: cv2.imread(str(path)) for path in paths[:limit]}
-    for path, picture in read.items():
-        if picture is None:
+    for path, image in read.items():
+        if image is None:
             progress(f'skipped {path}: it is no image, or broken')
-    pictures = [picture for picture in read.values() if picture is not None]
-    if not pictures:
-        raise FileNotFoundError(f'none of the first {limit} pictures could be read')
-    progress(f'{len(pictures)} of {len(paths)} pictures')
-    return pictures
-
-
-def _predictors(
-    config: str, checkpoint: str, options: Sequence[str], aug_test: bool, device: str, picture: np.ndarray
-) -> dict[str, Predictor]:
-    """A predictor for fp32, which all is held against, and for each option that runs here."""
-    found = {}
-    for name in dict.fromkeys(['fp32', *options]):
-        predictor = Predictor(load_config(config), checkpoint, device, aug_test, **OPTIONS[name])
-        try:
-            predictor(picture)
-        except RuntimeError as error:
-            if name == 'fp32':
-                raise
-            progress(f'{name} does not run here: {str(error).strip().splitlines()[0]}')
-        else:
-            found[name] = predictor
-    return found
-
-
-def _changed_pixels(predictors: dict[str, Predictor], pictures: Sequence[np.ndarray]) -> dict[str, float]:
-    """Share of all pixels whose class differs from fp32's. It also warms up every option on every picture's shape."""
-    changed, total = dict.fromkeys(predictors, 0), 0
-    for picture in pictures:
-        maps = {name: predictor(picture) for name, predictor in predictors.items()}
-        for name, ids in maps.items():
-            changed[name] += int((ids != maps['fp32']).sum())
-        total += maps['fp32'].size
-    return {name: count / total for name, count in changed.items()}
-
-
-def _print(rows: Sequence[dict]) -> None:
-    cells = []
-    for row in rows:
-        times = [str(Spread.in_row(row, name)) for name in ('seconds', 'times_faster')]
-        cells.append([row['option'], *times, f'{row["changed_pixels"]:.3%}'])
-    print(f'pictures: {rows[0]["pictures"]}; median (least–greatest) of {rows[0]["rounds"]}; against fp32')
-    print_table(['option', 's / picture', 'times faster', 'changed pixels'], cells)
-
-
-def _plot(rows: Sequence[dict], path: Path) -> None:
-    drawn, axes = figure(2, rows, 1.2 + 0.4 * len(rows))
-    names = [row['option'] for row in rows]
-    axes[0].barh(names, [row['seconds'] for row in rows])
-    axes[1].barh(names, [100 * row['changed_pixels'] for row in rows])
-    for axis, title in zip(axes, ('seconds per picture', '% of pixels that change'), strict=True):
-        axis.set(xlabel=title)
-        axis.invert_yaxis()
-    drawn.savefig(path, dpi=120)
+    images = [image for image in read.values() if image is not None]
+    if not images:
+        raise FileNotFoundError(f'none of the first {limit} images could be read')
+    progress(f'{len(images)} of {len(paths)} images')
+    return images

@@ -8,12 +8,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from .measuring import timed
+from .machine import on_gpu
+from .timing import seconds_of
 
 _LAUNCHES = 'cudaLaunchKernel', 'cudaLaunchKernelExC', 'cuLaunchKernel', 'cuLaunchKernelEx'
-# Calls that wait for the device. _local_scalar_dense is what item(), bool() and the like come to.
-_WAITS = 'cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'cudaMemcpy'
-_SCALARS = 'aten::_local_scalar_dense'
+# Calls that wait for the device; item(), bool() and the like call the last one.
+_WAITS = (
+    'cudaStreamSynchronize', 'cudaDeviceSynchronize', 'cudaEventSynchronize', 'cudaMemcpy', 'aten::_local_scalar_dense'
+)  # fmt: skip
 _REGION = 'mmseg_volo: the profiled call'
 
 
@@ -45,8 +47,8 @@ def profile_call(call: Callable[[], Any], device: str, rows: int = 15, warm: int
     """Profile a call, after ``warm`` others; ``rows`` kernels or operators that take longest."""
     for _ in range(warm):
         call()
-    seconds = min(timed(call, device)[0] for _ in range(2))
-    cuda = torch.device(device).type == 'cuda'
+    seconds = min(seconds_of(call) for _ in range(2))
+    cuda = on_gpu(device)
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as found:
         with record_function(_REGION):
             call()
@@ -57,7 +59,7 @@ def profile_call(call: Callable[[], Any], device: str, rows: int = 15, warm: int
         spent = {e.key: (e.count, e.self_cpu_time_total / 1e6) for e in operators}
         return Profile(seconds, None, 0, 0, {}, _lines(spent, rows))
     events = found.events()
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != _REGION and not _is_note(e)]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and e.name != _REGION and not _is_annotation(e)]
     region = next(e for e in events if e.name == _REGION and e.device_type == DeviceType.CPU).time_range
     inside = Counter(
         e.name for e in events if e.device_type == DeviceType.CPU and region.start <= e.time_range.start <= region.end
@@ -66,13 +68,13 @@ def profile_call(call: Callable[[], Any], device: str, rows: int = 15, warm: int
     for event in kernels:
         count, total = spent.get(event.name, (0, 0.0))
         spent[event.name] = count + 1, total + event.time_range.elapsed_us() / 1e6
-    waits = {name: inside[name] for name in (*_WAITS, _SCALARS) if inside[name]}
+    waits = {name: inside[name] for name in _WAITS if inside[name]}
     launches = sum(inside[name] for name in _LAUNCHES)
     busy = _covered([(e.time_range.start, e.time_range.end) for e in kernels]) / 1e6
     return Profile(seconds, busy, launches, inside['cudaGraphLaunch'], waits, _lines(spent, rows))
 
 
-def _is_note(event: Any) -> bool:
+def _is_annotation(event: Any) -> bool:
     return bool(getattr(event, 'is_user_annotation', False))
 
 

@@ -6,116 +6,95 @@ only; syncing, reading back and renaming go on beside the next steps.
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from mmengine.runner import save_checkpoint
 from mmengine.runner.checkpoint import weights_to_cpu
 from mmengine.utils import apply_to
 
 from ..checkpoints.writing import finish, write
-from .cases import SIDES, columns_of
-from .measuring import NOT_MEASURED, memory_of, take_turns, timed
-from .peer import segmentor
-from .reporting import Spread, columns_of_sides, mb, memory_kind, print_table, write_csv
+from . import tables
+from .comparison import Found, Settings
+from .tables import Spread, text
+from .timing import seconds_of
 from .training import TrainCase, Trainer
 
 
-@dataclass(frozen=True)
+class _Training(NamedTuple):
+    """A trainer that has made its optimizer's state, its batch, and a folder that is removed with it."""
+
+    trainer: Trainer
+    batch: dict
+    folder: tempfile.TemporaryDirectory
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder.name, 'iter_1.pth')
+
+    def content(self) -> dict:
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        return dict(state_dict=model.state_dict(), optimizer=optimizer.state_dict(), meta={})
+
+
+@dataclass(frozen=True, kw_only=True)
 class SaveCase(TrainCase):
-    """One segmentor in training, saved every ``interval`` iterations, in ``folder``."""
+    """One segmentor in training, saved every ``interval`` iterations in ``folder``."""
 
     interval: int = 16000
     folder: str = '.'
 
-
-def measure_saving(cases: Sequence[SaveCase], rounds: int, memory: bool, out: Path, environment: dict) -> None:
-    """Measure each case; the table and the CSV file go to ``out``."""
-    rows = []
-    for case in cases:
-        row = {**columns_of(case), **compare(case, rounds)}
-        for side in SIDES:
-            found = memory_of(saving_steps, case, side) if memory else NOT_MEASURED
-            row.update(found.columns(side))
-        rows.append({**row, **environment})
-        write_csv(out / 'saving.csv', rows)
-    kind = memory_kind(rows[0])
-    print(f'median (least–greatest) of {rounds}; share of time when saving every {rows[0]["interval"]} iterations')
-    print_table(
-        ['network', 'file (MB)', 'step (s)', 'stock (s)', 'ours (s)', 'beside training (s)', 'share of time, ours',
-         *(f'{side} (MB)' for side in SIDES)],
-        [
-            [
-                str(case), f'{row["file_mb"]:.0f}', f'{row["step_s"]:.3g}',
-                *(str(Spread.in_row(row, name)) for name in ('stock_s', 'ours_s', 'beside_s')),
-                f'{row["share"]:.2e}', *(mb(row[f'{side}_{kind}_mb']) for side in SIDES),
-            ]
-            for case, row in zip(cases, rows, strict=True)
-        ],
-    )  # fmt: skip
-    if memory:
-        print('MB: peak memory of saving, above model and optimizer; what the system caches of files is not in it')
-
-
-def compare(case: SaveCase, rounds: int) -> dict:
-    trainer = _trainer(case)
-    trainer.prepare()
-    for _ in range(2):
-        trainer.step()
-    step, _ = timed(trainer.step, case.device)
-    with tempfile.TemporaryDirectory(dir=case.folder) as folder:
-        path = Path(folder, 'iter_1.pth')
-        calls = {side: partial(_CALLS[side], trainer, path) for side in SIDES}
-        seconds, _ = take_turns(calls, rounds, case.device, str(case))
-        beside = []
-        for _ in range(rounds):
-            part = _write(trainer, path)
-            spent, _ = timed(partial(finish, part, path), 'cpu')
-            beside.append(spent)
-        size = path.stat().st_size / 1e6
-    held_up = Spread.of(seconds['ours']).median
-    return {
-        'rounds': rounds,
-        'file_mb': size,
-        'step_s': step,
-        **columns_of_sides(seconds),
-        **Spread.of(beside).columns('beside_s'),
-        'share': held_up / (case.interval * step + held_up),
+    NAME = 'saving'
+    MEMORY_ALONE = True
+    EXTRA_COLUMNS = {
+        'file': tables.size('file_mb'),
+        'step': text('{step_s:.3g} s'),
+        'beside training': tables.time('beside_s'),
+        'share of time, here': text('{share:.2e}'),
     }
+    NOTES = ('memory is that of saving, above model and optimizer; what the system caches of files is not in it',)
 
+    def build(self) -> dict[str, _Training]:
+        training = self.build_alone('ours')
+        return dict(stock=training, ours=training)
 
-def _trainer(case: SaveCase) -> Trainer:
-    return Trainer(segmentor('ours', case.arch, case.classes, crop=case.size), case)
+    def build_alone(self, side: str) -> _Training:
+        trainer = super().build_alone('ours')
+        batch = super().inputs(trainer)
+        for _ in range(2):
+            trainer.step(batch)
+        return _Training(trainer, batch, tempfile.TemporaryDirectory(dir=self.folder))
 
+    def inputs(self, model: _Training) -> None:
+        return None
 
-def _content(trainer: Trainer) -> dict:
-    return dict(state_dict=trainer.model.state_dict(), optimizer=trainer.optimizer.state_dict(), meta={})
+    def run(self, model: _Training, side: str, data: None) -> Path | None:
+        content = model.content()
+        if side == 'ours':
+            return write(content, model.path)
+        # As mmengine.runner.Runner.save_checkpoint does it.
+        content['state_dict'] = weights_to_cpu(content['state_dict'])
+        content['optimizer'] = apply_to(content['optimizer'], lambda x: hasattr(x, 'cpu'), lambda x: x.cpu())
+        save_checkpoint(content, str(model.path))
 
+    def warm_up(self, model: _Training, side: str, data: None) -> None:
+        """Nothing: the first checkpoint counts too."""
 
-def _write(trainer: Trainer, path: Path) -> Path:
-    return write(_content(trainer), path)
+    def peak_call(self, model: _Training, side: str, data: None) -> None:
+        self.run(model, side, data)
 
+    def extra(self, found: Found, settings: Settings) -> dict:
+        model, beside = found.models['ours'], []
+        for _ in range(settings.rounds):
+            part = self.run(model, 'ours', None)
+            beside.append(seconds_of(lambda part=part: finish(part, model.path)))
+        step = seconds_of(lambda: model.trainer.step(model.batch))
+        held_up = Spread.of(found.seconds['ours']).median
+        columns = dict(file_mb=model.path.stat().st_size / 1e6, step_s=step, **Spread.of(beside).columns('beside_s'))
+        return dict(columns, share=held_up / (self.interval * step + held_up))
 
-def _stock(trainer: Trainer, path: Path) -> None:
-    """As :meth:`mmengine.runner.Runner.save_checkpoint`."""
-    content = _content(trainer)
-    content['state_dict'] = weights_to_cpu(content['state_dict'])
-    content['optimizer'] = apply_to(content['optimizer'], lambda x: hasattr(x, 'cpu'), lambda x: x.cpu())
-    save_checkpoint(content, str(path))
-
-
-_CALLS = {'stock': _stock, 'ours': _write}
-
-
-def saving_steps(case: SaveCase, side: str) -> Iterator[None]:
-    """For :func:`~mmseg_volo.benchmark.measuring.memory_of`."""
-    trainer = _trainer(case)
-    trainer.prepare()
-    for _ in range(2):  # makes the optimizer's state
-        trainer.step()
-    yield
-    yield
-    with tempfile.TemporaryDirectory(dir=case.folder) as folder:
-        _CALLS[side](trainer, Path(folder, 'iter_1.pth'))
+    @staticmethod
+    def title(row: dict) -> str:
+        share = f'share of time: saving every {row["interval"]} iterations'
+        return f'median (least–greatest) of {row["rounds"]}; {share}'

@@ -1,32 +1,30 @@
-"""``tools/benchmark.py op`` on tiny grids, with the implementations that run on this machine."""
+"""``tools/benchmark.py op`` on small grids, with the implementations that run on this machine."""
 
-import time
+from functools import partial
 
 import pytest
 import torch
-from test_benchmark import MACHINE, _one_thread, rows_of, run, spread  # noqa: F401  (the fixture is for all tests)
+from benchmarking import MACHINE, ON_CPU, rows_of, run, spread
 
 from mmseg_volo.benchmark import IMPLEMENTATIONS, MODES, OpCase, op
-from mmseg_volo.benchmark.measuring import repeats_for
 
-TINY = ['--shape', 'd1@72', '--batch', 2, '--rounds', 1, '--device', 'cpu', '--threads', 1]
+TINY = ['--shape', 'd1@72', '--batch', 2, '--rounds', 1, *ON_CPU]
 COLUMNS = {'arch', 'image', 'grid', 'channels', 'heads', 'batch', 'precision', 'mode', 'impl', 'rounds', 'calls'}
-COLUMNS |= {
-    *spread('seconds'),
-    *spread('times_faster'),
-    *spread('times_faster_than_compiled'),
-    'memory_ratio',
-    'moved_mb',
-    'gb_per_s',
-    'copy_gb_per_s',
-    'share_of_copy',
-}
-COLUMNS |= {'max_error', 'max_error_v_grad', 'max_error_logits_grad', 'call_mb'}
+COLUMNS |= {*spread('seconds'), *spread('times_faster'), *spread('times_faster_than_compiled'), 'call_mb'}
+COLUMNS |= {'memory_ratio', 'moved_mb', 'gb_per_s', 'copy_gb_per_s', 'share_of_copy'}
+COLUMNS |= {'max_error', 'max_error_v_grad', 'max_error_logits_grad'}
+
+
+@pytest.fixture(autouse=True)
+def _small_copy(monkeypatch) -> None:
+    """The copy whose bandwidth is measured."""
+    monkeypatch.setattr(op, '_COPIED', dict(cpu=2**24, cuda=2**30))
+    op.copy_gb_per_s.cache_clear()
 
 
 def runs_here(case: OpCase, impl: str) -> bool:
     try:
-        op.run(case, impl, op.draw_inputs(case, 0))
+        case.results(case.build_alone(impl), case.draw(0))
     except ValueError:
         return False
     return True
@@ -40,7 +38,7 @@ def test_op(tmp_path, capsys):
     assert len(reference) == 4
     for precision in ('fp32', 'bf16'):
         for mode in MODES:
-            case = OpCase('d1', 72, 2, precision, mode)
+            case = OpCase(image=72, batch=2, precision=precision, mode=mode)
             found = [row['impl'] for row in rows if (row['precision'], row['mode']) == (precision, mode)]
             assert found == ['reference', *(impl for impl in IMPLEMENTATIONS if runs_here(case, impl))]
     for row in rows:
@@ -83,31 +81,25 @@ def test_the_definition_compiled(tmp_path, capsys):
 def test_bytes_that_must_move():
     sizes = dict.fromkeys(MODES)
     for mode in MODES:
-        case = OpCase('d1', 64, 3, 'bf16', mode)
-        inputs = op.draw_inputs(case, 0)
-        sizes[mode] = op.moved_bytes(case, inputs)
+        case = OpCase(image=64, batch=3, precision='bf16', mode=mode)
+        inputs = case.draw(0)
+        sizes[mode] = case.moved_bytes(inputs)
         assert inputs.v.shape == (3, 8, 8, 192) and inputs.logits.shape == (3, 4, 4, 6, 9, 9)
     v, logits = 2 * 3 * 64 * 192, 2 * 3 * 16 * 6 * 81
     assert sizes == dict(forward=2 * v + logits, full=5 * v + 3 * logits)
 
 
-def test_a_wrong_result_has_a_large_error(monkeypatch):
-    case = OpCase('d1', 64, 2, 'fp32', 'full')
-    inputs = op.draw_inputs(case, 0)
-    real = op.outlook_attention
+def test_a_wrong_result_has_a_large_error():
+    case = OpCase(image=64, batch=2, mode='full')
+    inputs = case.draw(0)
+    reference = partial(op.outlook_attention, impl='reference')
 
-    def wrong_in_the_last_picture(v, logits, impl, **options):
-        out = real(v, logits, impl='reference', **options)
-        return torch.cat([out[:-1], 1.1 * out[-1:]]) if impl == 'fused' else out
+    def wrong_in_the_last_image(v, logits, **options):
+        out = reference(v, logits, **options)
+        return torch.cat([out[:-1], 1.1 * out[-1:]])
 
-    monkeypatch.setattr(op, 'outlook_attention', wrong_in_the_last_picture)
-    assert max(op.errors(case, 'reference', inputs).values()) < 1e-5
-    assert min(op.errors(case, 'fused', inputs).values()) > 1e-3
-
-
-def test_rounds_are_long_enough():
-    calls = repeats_for(lambda: time.sleep(0.002), 'cpu')
-    assert 10 <= calls <= 100 and repeats_for(lambda: time.sleep(0.06), 'cpu') == 1
+    assert max(case.errors(reference, inputs).values()) < 1e-5
+    assert min(case.errors(wrong_in_the_last_image, inputs).values()) > 1e-3
 
 
 @pytest.mark.gpu
