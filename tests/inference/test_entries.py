@@ -216,7 +216,7 @@ def test_a_frozen_segmentor_is_checked_too(tmp_path):
 def test_resuming_needs_every_weight(tmp_path):
     content = load_from_local(saved(tmp_path / 'x.pth'))
     model = MODELS.build(config(aux=True, test_cfg=dict(mode='whole', allow_mismatch=True)).model)
-    with pytest.raises(CheckpointError, match=r'missing: auxiliary_head.*load_from=FILE in place of --resume'):
+    with pytest.raises(CheckpointError, match=r'missing: auxiliary_head.*load_from=FILE instead of --resume'):
         check_checkpoint(model, content, 'resume')
 
 
@@ -421,7 +421,7 @@ def test_every_scheme_reads_safely(evil, tmp_path, monkeypatch):
         state = CheckpointLoader.load_checkpoint(form.format('good'))['state_dict']
         assert list(state) == (['w'] if form.startswith('mmcls') else ['backbone.w', 'head.w'])
         if 'url' not in form:
-            with pytest.raises(CheckpointError, match=rf'{form.format("goof")}: mmengine knows no .*near it: .*good'):
+            with pytest.raises(CheckpointError, match=rf'{form.format("goof")}: mmengine knows no .*similar.*good'):
                 CheckpointLoader.load_checkpoint(form.format('goof'))
     assert CheckpointLoader.load_checkpoint('openmmlab://old')['meta'] == {}
     for form in ('s3://b/{}.pth', 'cluster:s3://b/{}.pth', 'petrel://b/{}.pth', 'pavi://b/{}.pth'):
