@@ -17,6 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from ..checkpoints.compatibility import check_checkpoint, check_class_names, dataset_meta_of
 from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
 from ..utils.devices import check_device
+from ..utils.unwrap import bare_dataset
 
 
 def init_model(
@@ -92,9 +93,7 @@ def exported_config(config: Config, path: str, device: str, allow_mismatch: bool
 
 def dataset_meta(config: Config) -> dict:
     """Names and colours of the classes of the data set that a config tests on: ``classes`` and ``palette``, if any."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    while 'type' in dataset and ('dataset' in dataset or 'datasets' in dataset):  # wrappers
-        dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
+    dataset = bare_dataset((config.get('test_dataloader') or {}).get('dataset'))
     kind = dataset.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     own = dict(getattr(kind, 'METAINFO', {}))

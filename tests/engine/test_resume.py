@@ -7,15 +7,18 @@ import random
 import re
 import shutil
 import signal
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmseg.datasets import BaseSegDataset
 from mmseg.registry import HOOKS
 from small_runs import differences, small_config
 
 import mmseg_volo.engine.checkpoint_hook
+from mmseg_volo.checkpoints import reading
 from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.cli import run_tool
 from mmseg_volo.engine.guards import NonFiniteGuardHook
@@ -91,6 +94,31 @@ def test_no_replay(whole, monkeypatch):
     monkeypatch.setattr(SeededDataset, '__getitem__', lambda self, i: (read.append(i), getitem(self, i))[1])
     build_runner(small_config(whole, 'replay', resume=True, train_cfg__val_interval=100)).train()
     assert len([index for index in read if isinstance(index, Draw)]) == 4
+
+
+def test_resuming_reads_the_checkpoint_and_lists_the_data_once(whole, monkeypatch):
+    shutil.copytree(whole / 'whole', whole / 'once', ignore=shutil.ignore_patterns('iter_6.pth', 'best*'))
+    config = small_config(whole, 'once', resume=True)
+    for split in ('train', 'val'):
+        loader = config[f'{split}_dataloader']
+        folders = dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}')
+        files = dict(data_root=loader.dataset.data_root, data_prefix=folders)
+        loader.dataset = dict(type='CityscapesDataset', pipeline=loader.dataset.pipeline, **files)
+    calls = Counter()
+
+    def counted(function, *arguments, **options):
+        calls[function.__name__] += 1
+        return function(*arguments, **options)
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, **options: counted(function, *arguments, **options))
+
+    count(reading, '_parse')
+    count(reading, 'seal_holds')
+    count(BaseSegDataset, 'load_data_list')
+    build_runner(config).train()
+    assert calls == dict(_parse=1, seal_holds=1, load_data_list=2)
 
 
 def test_augmentation_depends_on_the_position_in_the_stream():
