@@ -126,7 +126,7 @@ def test_file_of_one_size_predicts_in_windows_of_it(small, fixed):
         image = picture(height, width)
         assert (files(image) == ours(image)).mean() > 0.999
     assert files(picture(32, 300)).shape == (32, 300)  # a view that is lower than the window
-    with pytest.raises(ConfigError, match='settled when the ONNX file was exported'):
+    with pytest.raises(ConfigError, match='fixed when the ONNX file was exported'):
         files.with_options(precision='bf16')
 
 
