@@ -37,6 +37,7 @@ setup(
         'timm>=1.0.9',
         *OPENMMLAB,
         'opencv-python',
+        'av>=17',
         'numba>=0.61',
         'numpy',
         'pillow',
@@ -56,6 +57,6 @@ setup(
         'tensorboard': TENSORBOARD,
         'wandb': WANDB,
         'test': TEST,
-        'dev': [*TEST, 'ruff==0.17.*', 'playwright'],
+        'dev': [*TEST, 'ruff==0.17.*', 'import-linter', 'playwright'],
     },
 )

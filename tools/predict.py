@@ -14,13 +14,13 @@ DESCRIPTION = """\
 Predict pictures and save class ids as PNG, and overlays; predict videos and save overlays.
 
 For each picture there will be DIR/NAME.png with class ids, with --overlay NAME_overlay.png and with --confidence
-NAME_confidence.png; for each video NAME_overlay.mp4, with its frame rate and without sound. Of a folder, and the
-folders in it, pictures are taken, and videos only where there are no pictures.
+NAME_confidence.png; for each video NAME_overlay.mp4, with its times and its sound. Of a folder, and the folders in it,
+pictures are taken, and videos only where there are no pictures.
 """
 EPILOG = """\
-mp4 (MPEG-4 part 2) plays in VLC, mpv, QuickTime and Windows' player; webm (VP8) in browsers too, three times as slow to
-write. Ctrl-C and SIGTERM end with what is done: whole pictures, and a video with the frames until then; --resume goes
-on with the files that are left. Exit status: 0, 1 if a file failed, 130 after Ctrl-C, 143 after SIGTERM.
+mp4 (H.264) and webm (VP9) play in browsers and players; webm holds only Opus and Vorbis sound. Ctrl-C and SIGTERM end
+with what is done: whole pictures, and a video with the frames until then; --resume goes on with the files that are
+left. Exit status: 0, 1 if a file failed, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 

@@ -177,7 +177,7 @@ def predict_files(
         out_dir: the output folder. Each image gets ``NAME.png`` with class ids (8 bit, or 16 bit for more than 256
             classes); with ``with_overlay`` also ``NAME_overlay.png``, the image with the colours of the classes over
             it; if the predictor has the option ``confidence`` also ``NAME_confidence.png``, where 255 means certain.
-            Each video gets only ``NAME_overlay.mp4``.
+            Each video gets only ``NAME_overlay.mp4``, with its sound.
         with_legend: add a legend with the names and colours of the classes that occur below each overlay.
         opacity: weight of the colours in overlays, from 0 to 1.
         video_format: a key of :data:`~mmseg_volo.inference.video.VIDEO_FORMATS`.

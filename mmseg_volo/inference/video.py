@@ -1,48 +1,57 @@
-"""Overlay videos: each frame predicted and painted, a legend below; read, predicted and written as a stream.
+"""Overlay videos: each frame predicted and painted, with a legend below it.
 
-OpenCV and the FFmpeg in it read and write: whatever they can read, to MPEG-4 in .mp4 or VP8 in .webm.
+PyAV, with the FFmpeg in it, reads and writes. Frames are streamed: memory does not grow with the length of a video.
 """
 
 import contextlib
 import errno
+import itertools
+import math
 import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+import av
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..utils.files import part_of
 from ..utils.signals import Stopped, StopSignals
 from .predictor import Predictor
 from .visualize import column_width, entries_of, legend, overlay, strip_width, text_size
 
-# Read by OpenCV when it first opens a video: a damaged one is reported in one line, not in one for each block of it.
-os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
-PREPARED_AHEAD = 2**22  # pixels: a larger picture's views would take too much memory beside those of the one at work
+PREPARED_AHEAD = 2**22  # pixels: the views of a larger image would take too much memory beside those being predicted
 _CONTAINERS = 'mp4 m4v mov avi mkv webm mpg mpeg mts m2ts wmv flv 3gp ogv'
 VIDEO_SUFFIXES = tuple(f'.{name}' for name in _CONTAINERS.split())
-VIDEO_FORMATS = {'mp4': 'mp4v', 'webm': 'VP80'}  # what OpenCV's wheels can write on every system
-_USUAL_RATE = 25.0  # frames a second, where a file does not say
-_HIGHEST_RATE = 240.0  # of files that tell the truth about it
-_LONGEST_GAP = 10.0  # seconds between frames, in files that do not say how long they are
-_TRIES = 64  # reads past damage, each of which passes over up to 64 packets
-_SPARE = 2**23  # bytes left on the disk, so that there is room for the index of a file that ends early
+# Encoders and their options by output format; the first one that FFmpeg has is used. The wheels of PyAV have both.
+# libx264 is under the GPL, and some builds of FFmpeg leave it out: they get VP9 in MP4, which browsers play too.
+_VP9 = {'libvpx-vp9': {'crf': '30', 'deadline': 'realtime', 'cpu-used': '8', 'row-mt': '1'}}
+VIDEO_FORMATS = {'mp4': {'libx264': {'crf': '20', 'preset': 'veryfast'}, **_VP9}, 'webm': _VP9}
+# Titles and the like need not be UTF-8. PyAV 19 takes them without this option.
+_ANY_TEXT = {} if int(av.__version__.split('.')[0]) >= 19 else dict(metadata_errors='replace')
+_HIGHEST_RATE, _DEFAULT_RATE = 240, Fraction(25)  # frames per second: what is believed; for files without a rate
+_LONGEST_GAP, _CLOCK_ERROR = 10, 0.1  # seconds, forwards and backwards; more is a jump where the clock may jump
+_SPARE = 2**23  # bytes of disk space kept free, so that the index of an unfinished file still fits
 SLOTS = 24  # names that the legend has room for
+
+T = TypeVar('T')
 
 
 class VideoLegend:
-    """The strip below the frames of a video, of one size throughout.
+    """The legend strip below the frames of a video, of one size throughout.
 
-    It names all classes where they are at most ``SLOTS``. Of more it names those seen last: each of the ``SLOTS`` most
-    frequent classes of a frame is there, and keeps its place until another one needs it.
+    It names all classes if there are at most ``SLOTS``. Otherwise it names the classes seen last: the ``SLOTS`` most
+    frequent classes of each frame are shown, and a class keeps its slot until another class needs it.
 
     Args:
-        classes, palette: names, and RGB colours.
-        height, width: of the frames.
+        classes, palette: names and RGB colours.
+        height, width: size of the frames in pixels.
     """
 
     def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]], height: int, width: int):
@@ -57,13 +66,13 @@ class VideoLegend:
         self._strip = self._draw()
 
     def strip(self, labels: np.ndarray) -> np.ndarray:
-        """The strip (h, w, 3) uint8, BGR, w at least the frames' width, for a frame with these class ids (H, W)."""
+        """The strip (h, w, 3) uint8, BGR, at least as wide as the frames, for a frame with class ids (H, W)."""
         if not self._few and self._assign(labels):
             self._strip = self._draw()
         return self._strip
 
     def _assign(self, labels: np.ndarray) -> bool:
-        """Give the frame's most frequent classes their slots; whether anything changed."""
+        """Give slots to the frame's most frequent classes; return whether a slot changed."""
         counts = np.bincount(labels.ravel(), minlength=len(self._entries))
         wanted = [int(label) for label in np.argsort(-counts, kind='stable')[:SLOTS] if counts[label]]
         self._frame += 1
@@ -87,59 +96,60 @@ def predict_video(
     opacity: float = 0.5,
     stop: StopSignals | None = None,
 ) -> str | None:
-    """Predict a video's frames and write them with the classes' colours over them.
+    """Predict the frames of a video and write them with the colours of the classes over them.
 
-    The next frame is read and prepared, and the last one painted and written, while the model works on one; memory does
-    not grow with the length. The video written has the frame rate of the source, and its length: where the source's
-    rate varies, frames are held or left out. It has no sound, and sides of even length (the last row or column is
-    repeated for that). Its name appears when it is complete, or as complete as it gets.
+    While the model predicts a frame, the next one is read and prepared, and the last one is painted and written.
+    Each frame is shown when the source shows it, so a variable frame rate stays variable; times start at 0. The sound
+    is copied as it is. Frames are turned upright as the metadata of the source say. H.264 for browsers needs sides of
+    even length: the last row or column is repeated where that is necessary. The output has a temporary name until it
+    can be played.
 
     Args:
         predictor: the model.
-        source: any video that OpenCV reads.
-        target: ends in ``.mp4`` (MPEG-4 part 2) or ``.webm`` (VP8).
+        source: any video that FFmpeg reads.
+        target: ends in ``.mp4`` (H.264, with the index at the start) or ``.webm`` (VP9).
         with_legend: put a :class:`VideoLegend` below the frames.
         opacity: weight of the colours, from 0 to 1.
-        stop: is looked at often; what was written until then stays.
+        stop: is polled; what was written until then stays.
 
     Returns:
-        A sentence where the source has fewer frames than it says, else None.
+        What users should know: the source is damaged or cut off, or its sound could not be copied. Else None.
 
     Raises:
-        OSError: a file that cannot be read, or written to its end.
-        ValueError: no video, or one that cannot be predicted. Where some frames could be, the message says that they
-            were kept.
-        Stopped: by ``stop``; the frames until then were kept, and the progress bar's place says how many.
+        OSError: a file cannot be read, or cannot be written to its end.
+        ValueError: the source is no video, or cannot be predicted. If some frames could be predicted, the message says
+            that they were kept.
+        Stopped: by ``stop``; the frames until then were kept, and a line on stderr says how many.
     """
     stop = stop or StopSignals()
     reader = _Reader(source)
-    writer: _Writer | None = None
+    writer = _Writer(target, reader, predictor, with_legend, opacity)
     bar = tqdm(total=reader.count, unit='frame', desc=source.name, file=sys.stderr)
+
+    def load() -> Iterator[tuple[_Frame, dict | None]]:
+        for frame in reader.frames():
+            yield frame, predictor.prepare(frame.image) if frame.image.size <= 3 * PREPARED_AHEAD else None
+
     try:
-        with contextlib.closing(_ahead(reader, predictor)) as frames, ThreadPoolExecutor(1) as pool:
-            writing: Future | None = None
-            for frame, steps, data in frames:
+        with contextlib.closing(_ahead(load())) as frames, ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(int)  # nothing to write yet
+            for frame, data in frames:
                 stop.check()
-                found = predictor.predict(predictor.prepare(frame) if data is None else data, stop.check)
-                if writer is None:
-                    below = VideoLegend(predictor.classes, predictor.palette, *frame.shape[:2]) if with_legend else None
-                    writer = _Writer(target, reader.rate, predictor.palette, opacity, below)
-                else:
-                    writing.result()
-                writing = pool.submit(writer.add, frame, found.classes, steps)
-                bar.update(steps)
-            if writing is not None:
+                found = predictor.predict(predictor.prepare(frame.image) if data is None else data, stop.check)
                 writing.result()
-        if writer is None:
+                writing = pool.submit(writer.add, frame, found.classes)
+                bar.update()
+            writing.result()
+        if not writer.frames:
             raise ValueError('it is a video without a frame that can be read')
-        writer.finish()
+        writer.finish(reader.sound)
     except BaseException as error:
         bar.close()
-        kept = _keep(writer)
-        if not kept:
+        with contextlib.suppress(OSError):
+            writer.finish()
+        if not writer.frames:
             raise
-        of = f' of about {reader.count}' if reader.count else ''
-        kept = f'{target} has the first {kept}{of} frames'
+        kept = f'{target} has the first {writer.frames}{f" of about {reader.count}" if reader.count else ""} frames'
         if not isinstance(error, Exception) or isinstance(error, Stopped):
             tqdm.write(kept, file=sys.stderr)
             raise
@@ -148,171 +158,225 @@ def predict_video(
         raise ValueError(f'{str(error) or type(error).__name__}; {kept}') from error
     finally:
         bar.close()
-        reader.release()
-    if reader.count and max(reader.frames, writer.frames) < 0.98 * reader.count - 2:
-        return (
-            f'it says that it has {reader.count} frames, {reader.frames} could be read: it may be cut off or damaged; '
-            f'{target} has those'
-        )
-    return None
+        reader.close()
+    return '; '.join(reader.notes) or None
 
 
-def _keep(writer: '_Writer | None') -> int:
-    """Complete what was written before an error, as far as that goes; the number of frames that are there now."""
-    if writer is None or not writer.frames:
-        return 0
-    try:
-        writer.finish()
-    except OSError:
-        return 0
-    return writer.frames
+def _ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield the items, each made in a thread while the caller works on the one before."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, items, end)
+        while (current := following.result()) is not end:
+            following = pool.submit(next, items, end)
+            yield current
+
+
+class _Frame(NamedTuple):
+    image: np.ndarray  # (H, W, 3) uint8, BGR
+    time: int  # when it is shown, in time bases of the video stream
+    duration: int
+    sound: list[av.Packet]  # read between the frame before and this one
 
 
 class _Reader:
-    """The frames of a video, turned as its metadata say, in one size, with the time that each takes."""
+    """The frames and the sound of a video file.
+
+    Attributes:
+        count: number of frames if the file tells it, else None.
+        rate: average frame rate, frames per second.
+        time_base: unit of the times of frames, in seconds.
+        aspect: width of a pixel over its height; correct from the first frame on.
+        sound_streams: the streams of the sound.
+        sound: packets of sound that no frame has taken yet.
+        notes: what is wrong with the file; complete after the last frame.
+    """
 
     def __init__(self, path: Path):
         with path.open('rb') as file:
             if not file.read(1):
                 raise ValueError('it is empty (0 bytes)')
-        with _quiet():
-            self._capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG)  # 'a:b.mp4' would be a protocol
-        if not self._capture.isOpened():
+        try:  # with an absolute path, because FFmpeg takes 'a:b.mp4' for a protocol 'a'
+            self._container = av.open(os.path.abspath(path), **_ANY_TEXT)
+        except av.FFmpegError as error:
             raise ValueError(
-                'it is no video that OpenCV can read, or cut off before the end that says where frames are'
-            )
-        rate, count = self._capture.get(cv2.CAP_PROP_FPS), self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        known = 0 < rate <= _HIGHEST_RATE
-        self.rate = rate if known else _USUAL_RATE
-        self.count = int(count) if known and 0 < count < 2**31 else None  # often the length times the rate
-        self.frames = 0
-        self._shape: tuple[int, int] | None = None
-        self._last = self._time = 0.0
-        self._steps = 0
+                'it is no video that FFmpeg can read, or it is cut off before the index that says where its frames are'
+            ) from error
+        self._video = self._container.streams.best('video')
+        if self._video is None or self._video.codec_context is None:
+            self.close()
+            raise ValueError('it has no video stream that FFmpeg can decode')
+        self._video.thread_type = 'AUTO'
+        self.sound_streams = self._container.streams.audio
+        rates = self._video.average_rate, self._video.guessed_rate
+        self.rate = next((rate for rate in rates if rate and rate <= _HIGHEST_RATE), _DEFAULT_RATE)
+        self.time_base = self._video.time_base
+        # In a file that was cut off, the larger one is the length that it had before.
+        self._length = max(self._video.frames / self.rate, Fraction(self._container.duration or 0, av.time_base))
+        self._jumps = bool(self._container.format.flags & av.format.Flags.ts_discont.value)
+        self.count = self._video.frames or round(self._length * self.rate) or None
+        self.aspect = self._video.sample_aspect_ratio or Fraction(1)
+        self.sound: list[av.Packet] = []
+        self.notes: list[str] = []
+        self._end = Fraction(0)  # seconds read so far
 
-    def read(self) -> tuple[np.ndarray, int] | None:
-        """A frame (H, W, 3), BGR, and how many frames of a constant rate have passed since the last one."""
-        for _ in range(_TRIES):
-            there, frame = self._capture.read()
-            if there:
-                break
-        else:
-            return None
-        self._shape = self._shape or frame.shape[:2]
-        if frame.shape[:2] != self._shape:
-            frame = cv2.resize(frame, self._shape[::-1], interpolation=cv2.INTER_AREA)
-        now = self._capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        passed, self._last = now - self._last, now
-        left = self.count / self.rate - self._time if self.count else 0
-        if not 0 < passed <= max(_LONGEST_GAP, left) or not self.frames:  # no time, or one that cannot be
-            passed = 1 / self.rate
-        self.frames += 1
-        self._time += passed
-        before, self._steps = self._steps, int(self._time * self.rate + 0.501)  # half a step is always one
-        return frame, self._steps - before
+    def frames(self) -> Iterator[_Frame]:
+        """Decode the frames, in the order in which they are shown."""
+        step = max(1, round(1 / self.rate / self.time_base))
+        last, shape, damages = -step, None, []
+        for packet in itertools.chain(self._packets(), [None]):  # None makes the decoder give what it holds back
+            if packet is not None and packet.stream.type == 'audio':
+                self.sound.append(packet)
+                continue
+            damaged, decoded = packet is not None and packet.is_corrupt, []
+            try:
+                decoded = self._video.decode(packet)
+            except av.error.InvalidDataError:
+                damaged = True
+            if damaged or any(frame.is_corrupt for frame in decoded):
+                damages.append(self._end)
+            for frame in decoded:
+                turns = round(frame.rotation / 90)  # counterclockwise, from the metadata
+                image = np.ascontiguousarray(np.rot90(frame.to_ndarray(format='bgr24'), turns))
+                if shape is None:
+                    shape, self.aspect = image.shape[:2], 1 / self.aspect if turns % 2 else self.aspect
+                elif image.shape[:2] != shape:
+                    image = cv2.resize(image, shape[::-1], interpolation=cv2.INTER_AREA)
+                # In damaged files, and in formats that store only decoding times, times are missing or go back.
+                known = [time for time in (frame.pts, frame.dts) if time is not None]
+                last = next((time for time in known if time > last), last + (1 if known else step))
+                sound, self.sound = self.sound, []
+                yield _Frame(image, last, frame.duration or step, sound)
+        length, end = float(self._length), float(self._end)
+        if not self._jumps and end < 0.98 * length - 2 / self.rate:  # formats with jumps do not store a length
+            self.notes.append(f'it is cut off or damaged: it should last {length:.1f} s, only {end:.1f} s can be read')
+        if damages:
+            self.notes.append(f'damaged places: {len(damages)}, the first at {float(damages[0]):.1f} s')
 
-    def release(self) -> None:
-        self._capture.release()
+    def _packets(self) -> Iterator[av.Packet]:
+        """Packets of the video and its sound, with times that start at 0 and go on past jumps of the clock."""
+        shift = -Fraction(self._container.start_time or 0, av.time_base)
+        ends: dict[int, Fraction] = {}
+        with contextlib.suppress(av.error.InvalidDataError):  # FFmpeg finds nothing more behind the damage
+            for packet in self._container.demux(self._video, *self.sound_streams):
+                start = packet.pts if packet.dts is None else packet.dts
+                if start is None:  # the last one of each stream, which is empty
+                    continue
+                base, stream, duration = packet.time_base, packet.stream.index, packet.duration or 0
+                time = start * base + shift
+                if self._jumps and not -_CLOCK_ERROR <= time - ends.setdefault(stream, time) <= _LONGEST_GAP:
+                    shift += ends[stream] - time
+                ends[stream] = (start + duration) * base + shift
+                for name in ('pts', 'dts'):
+                    if (ticks := getattr(packet, name)) is not None:
+                        setattr(packet, name, ticks + round(shift / base))
+                        self._end = max(self._end, (ticks + duration) * base + shift)
+                yield packet
 
-
-def _ahead(reader: _Reader, predictor: Predictor) -> Iterator[tuple[np.ndarray, int, dict | None]]:
-    """Frames that have a time of their own, with their steps and what the pipeline made of them, one ahead."""
-
-    def load() -> tuple[np.ndarray, int, dict | None] | None:
-        while (one := reader.read()) is not None:
-            frame, steps = one
-            if steps:
-                return frame, steps, predictor.prepare(frame) if frame.size <= 3 * PREPARED_AHEAD else None
-        return None
-
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(load)
-        while (current := following.result()) is not None:
-            following = pool.submit(load)
-            yield current
+    def close(self) -> None:
+        self._container.close()
 
 
 class _Writer:
-    """Paints frames and writes them under a temporary name."""
+    """Paint frames and write them, with the sound, under a temporary name.
 
-    def __init__(
-        self, path: Path, rate: float, palette: Sequence[Sequence[int]], opacity: float, below: VideoLegend | None
-    ):
+    Attributes:
+        frames: number of frames written; 0 if the file could not be finished.
+    """
+
+    def __init__(self, path: Path, reader: _Reader, predictor: Predictor, with_legend: bool, opacity: float):
         self.frames = 0
-        self._path, self._part = path, path.with_name(f'.{path.stem}.part{path.suffix}')
-        self._rate, self._palette, self._opacity, self._below = rate, palette, opacity, below
-        self._writer: cv2.VideoWriter | None = None
-        self._last: np.ndarray | None = None
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path, self._part = path, part_of(path)
+        self._reader, self._predictor, self._with_legend, self._opacity = reader, predictor, with_legend, opacity
+        self._container: av.container.OutputContainer | None = None
+        self._sound: dict[int, av.AudioStream] = {}  # by the index of the stream that is copied
+        self._heard: dict[int, int] = {}  # decoding time of the last packet of sound
 
-    def add(self, frame: np.ndarray, classes: np.ndarray, steps: int) -> None:
-        """Write a frame, after the last one again where more than one step has passed since."""
-        picture = overlay(frame, classes, self._palette, self._opacity)
-        if self._below is not None:
-            strip = self._below.strip(classes)
-            beside = strip.shape[1] - picture.shape[1]
-            picture = cv2.copyMakeBorder(picture, 0, 0, 0, beside, cv2.BORDER_CONSTANT, value=(255, 255, 255))
-            picture = np.concatenate((picture, strip))
-        height, width = picture.shape[:2]
-        picture = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
-        if self._writer is None:
-            self._writer = self._open(*picture.shape[:2])
-            self._last = picture
-        for number in range(steps):
-            if self.frames % 32 == 0 and shutil.disk_usage(self._path.parent).free < _SPARE:
+    def add(self, frame: _Frame, classes: np.ndarray) -> None:
+        """Write the sound before a frame, and the frame with its class ids (H, W)."""
+        if self.frames % 32 == 0:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(self._path.parent).free < _SPARE:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-            self._writer.write(picture if number == steps - 1 else self._last)
-            self.frames += 1
-        self._last = picture
+        image = overlay(frame.image, classes, self._predictor.palette, self._opacity)
+        if self._with_legend:
+            if self._container is None:
+                self._below = VideoLegend(self._predictor.classes, self._predictor.palette, *image.shape[:2])
+            strip = self._below.strip(classes)
+            beside = strip.shape[1] - image.shape[1]
+            image = cv2.copyMakeBorder(image, 0, 0, 0, beside, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+            image = np.concatenate((image, strip))
+        height, width = image.shape[:2]
+        image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        painted = av.VideoFrame.from_ndarray(image, 'bgr24')
+        painted.pts, painted.duration, painted.time_base = frame.time, frame.duration, self._reader.time_base
+        with self._named_errors():
+            if self._container is None:
+                self._container = self._open(*image.shape[:2])
+            self._mux(self._container, frame.sound, painted)
+        self.frames += 1
 
-    def _open(self, height: int, width: int) -> cv2.VideoWriter:
-        code = cv2.VideoWriter_fourcc(*VIDEO_FORMATS[self._path.suffix[1:]])
-        with self._part.open('wb'):  # the system says why it cannot be written, OpenCV would not
-            pass
-        with _quiet():
-            name = os.path.abspath(self._part)
-            writer = cv2.VideoWriter(name, cv2.CAP_FFMPEG, code, self._rate, (width, height))
-        if not writer.isOpened():
-            self._part.unlink(missing_ok=True)
-            raise ValueError(f'OpenCV cannot write {self._path.suffix[1:]} of {width} x {height} pixels')
-        return writer
+    def _open(self, height: int, width: int) -> av.container.OutputContainer:
+        encoders, reader = VIDEO_FORMATS[self._path.suffix[1:]], self._reader
+        encoder = next((name for name in encoders if name in av.codecs_available), None)
+        if encoder is None:
+            raise ValueError(f'the FFmpeg of PyAV cannot write {self._path.suffix}: it has no {" or ".join(encoders)}')
+        # The index is moved to the start: browsers can then play the file while they load it.
+        container = av.open(os.path.abspath(self._part), 'w', container_options={'movflags': '+faststart'})
+        self._video = container.add_stream(encoder, rate=reader.rate, options=dict(encoders[encoder]))
+        codec = self._video.codec_context
+        codec.height, codec.width, codec.pix_fmt = height, width, 'yuv420p'
+        codec.time_base, codec.sample_aspect_ratio = reader.time_base, reader.aspect
+        codec.colorspace, codec.color_range = 6, 1  # SMPTE 170M, limited range: what PyAV converts BGR to
+        for stream in reader.sound_streams:
+            try:  # Matroska and AVI do not name the channels of PCM; without names MP4 fails at the end of the file
+                layout = {'1 channels': 'mono', '2 channels': 'stereo'}.get(stream.layout.name, stream.layout.name)
+                if layout.endswith(' channels'):
+                    raise ValueError(layout)
+                self._sound[stream.index] = copy = container.add_stream_from_template(stream)
+                copy.codec_context.layout = layout
+            except (AttributeError, ValueError):  # FFmpeg does not know the codec, or the format cannot hold it
+                reader.notes.append(f'its sound ({stream.name}) is left out: {self._path.suffix} cannot hold it')
+        return container
 
-    def finish(self) -> None:
-        """Complete the file and put it in its place.
+    def _mux(
+        self, container: av.container.OutputContainer, sound: list[av.Packet], frame: av.VideoFrame | None
+    ) -> None:
+        for packet in sound:
+            stream = packet.stream.index
+            if stream in self._sound and packet.dts is not None and packet.dts > self._heard.get(stream, -math.inf):
+                self._heard[stream] = packet.dts
+                packet.stream = self._sound[stream]
+                with contextlib.suppress(av.error.InvalidDataError):  # damaged sound does not end the video
+                    container.mux(packet)
+        container.mux(self._video.encode(frame))
+
+    def finish(self, sound: Sequence[av.Packet] = ()) -> None:
+        """Complete the file and move it to its place; do nothing if that was done, or nothing was written.
+
+        Args:
+            sound: what follows the last frame.
 
         Raises:
-            OSError: not all of it arrived on the disk; nothing of it stays.
+            OSError: not all of it could be written; nothing of it stays.
         """
-        if self._writer is None:
+        container, self._container = self._container, None
+        if container is None:
             return
-        self._writer.release()
         try:
-            with _quiet():
-                written = cv2.VideoCapture(os.path.abspath(self._part), cv2.CAP_FFMPEG)
-            there = written.get(cv2.CAP_PROP_FRAME_COUNT) if written.isOpened() else 0
-            written.release()
-            if there < 0.98 * self.frames - 2:  # OpenCV does not report errors of writing
-                self.frames = 0
-                reason = 'not all of the video could be written: is the disk full?'
-                raise OSError(errno.EIO, reason, str(self._path))
+            with self._named_errors(), container:  # leaving the container writes the index
+                self._mux(container, sound, None)
             os.replace(self._part, self._path)
+        except BaseException:
+            self.frames = 0
+            raise
         finally:
-            self._writer = None
             self._part.unlink(missing_ok=True)
 
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what OpenCV says on stderr when it opens a file, which is not for users; some of it is no log message."""
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-        cv2.utils.logging.setLogLevel(level)
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Let errors of FFmpeg name the file that users know."""
+        try:
+            yield
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
