@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from tqdm import tqdm
 
+from ..utils.ahead import ahead
 from ..utils.files import atomic_write, part_of
 from ..utils.signals import Stopped, StopSignals
 from .images import read_image
@@ -334,13 +335,15 @@ def _predict_images(
     A thread writes the files of one image while the model predicts the next one. The files of what is yielded are on
     the disk.
     """
-    with contextlib.closing(_load_ahead(predictor, tasks)) as images, ThreadPoolExecutor(1) as writer:
+    with contextlib.closing(ahead(_load(predictor, tasks))) as images, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
         try:
-            for target, loading in images:
+            for target, loaded in images:
                 stop.check()
                 try:
-                    image, data = loading.result()
+                    if isinstance(loaded, Exception):
+                        raise loaded
+                    image, data = loaded
                     prediction = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
                     job = partial(_save_or_fail, predictor, outputs, target, image, prediction)
                 except Exception as error:
@@ -377,30 +380,22 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _load_ahead(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, Future]]:
-    """Yield each target with its image and the pipeline's output for it, one image ahead of the caller.
+def _load(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, tuple | Exception]]:
+    """Yield each target with its image and the prepared data, or with the error.
 
     Large images are only read: their views would take too much memory beside those of the image being predicted.
     """
-
-    def load(path: Path) -> tuple[np.ndarray, dict | None]:
-        image = read_image(path)
-        return image, predictor.prepare(image) if image.shape[0] * image.shape[1] <= PREPARED_AHEAD else None
-
-    with ThreadPoolExecutor(1) as pool:
-        current = None
-        for path, target in tasks:
-            following = target, pool.submit(load, path)
-            if current is not None:
-                yield current
-            current = following
-        if current is not None:
-            yield current
+    for path, target in tasks:
+        try:
+            image = read_image(path)
+            small = image.shape[0] * image.shape[1] <= PREPARED_AHEAD
+            loaded = image, predictor.prepare(image) if small else None
+        except Exception as error:
+            loaded = error
+        yield target, loaded
 
 
-def _save(
-    predictor: Predictor, outputs: Outputs, target: Path, image: np.ndarray, prediction: Prediction
-) -> list[str]:
+def _save(predictor: Predictor, outputs: Outputs, target: Path, image: np.ndarray, prediction: Prediction) -> list[str]:
     """Write the results of one image; return their paths below the output folder."""
     dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
     results = {'.png': prediction.classes.astype(dtype)}
