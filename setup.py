@@ -25,11 +25,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmseg_volo', 'mmseg_volo.*']),
-    package_data={
-        'mmseg_volo.report': ['*.css', '*.html'],
-        'mmseg_volo.demo': ['*.css', '*.js'],
-        'mmseg_volo.publish': ['*.jinja'],
-    },
+    package_data={'mmseg_volo.report': ['*.css', '*.html'], 'mmseg_volo.publish': ['*.jinja']},
     python_requires='>=3.10',
     install_requires=[
         'torch>=2.6',

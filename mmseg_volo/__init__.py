@@ -10,7 +10,7 @@ from .engine.optim import BFloat16OptimWrapper, VOLOLayerDecayConstructor
 from .engine.runner import VOLORunner
 from .engine.sharding import VOLOFullyShardedDataParallel
 from .errors import CheckpointError, ConfigError, DataError
-from .evaluation import EvaluationRecordHook
+from .evaluation import ConfusionIoUMetric, EvaluationRecordHook
 from .inference.model import init_model
 from .models.heads import LeanUPerHead
 from .models.losses import BandedLoss, LeanFCNHead
@@ -28,6 +28,7 @@ __all__ = [
     'CamVidDataset',
     'CheckpointError',
     'ConfigError',
+    'ConfusionIoUMetric',
     'DataError',
     'EvaluationRecordHook',
     'LabelGuardHook',

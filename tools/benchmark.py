@@ -29,6 +29,7 @@ from mmseg_volo.benchmark import (
     SaveCase,
     TrainCase,
 )
+from mmseg_volo.benchmark.validation import measure_validation
 from mmseg_volo.cli import run_tool
 from mmseg_volo.models.volo import ARCHS
 from mmseg_volo.models.windows import PRECISIONS
@@ -200,6 +201,11 @@ def models(args: argparse.Namespace) -> Callable[[dict], None]:
     return lambda found: benchmark.measure_models(todo, args.rounds, not args.no_memory, Path(args.out), found)
 
 
+def validation(args: argparse.Namespace) -> Callable[[dict], None]:
+    settings = tuple(args.size), args.classes, args.rounds, args.device, Path(args.out)
+    return lambda found: measure_validation(*settings, found)
+
+
 def suite(args: argparse.Namespace) -> Callable[[dict], int]:
     plan = benchmark.Plan(
         args.device, Path(args.out), args.threads, not args.no_compiled, benchmark.find_camvid(args.camvid)
@@ -285,6 +291,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument('--run', nargs='+', choices=RUNS, default=['logits'], help='default logits, in full size')
     add_batch_arguments(sub, [1, 16])
     add_peer_argument(sub)
+
+    sub = commands.add_parser('validation', help='a validation with record and loss against one with IoUMetric alone')
+    sub.set_defaults(prepare=validation, parser=sub)
+    sub.add_argument('--size', nargs=2, type=COUNT, default=[1024, 2048], metavar=('H', 'W'), help='default 1024 2048')
+    sub.add_argument('--classes', type=COUNT, default=19, help='default %(default)s')
+    sub.add_argument('--rounds', type=COUNT, default=9, help='default %(default)s')
+    add_machine_arguments(sub)
 
     sub = commands.add_parser('suite', help='correctness, speed, profiles and a training run on a GPU, in one report')
     sub.set_defaults(prepare=suite, parser=sub)

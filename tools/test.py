@@ -41,7 +41,8 @@ def main() -> None:
     if args.aug_test:
         use_tta(config)
     if args.out:
-        config.test_evaluator.output_dir = args.out
+        evaluator = config.test_evaluator
+        (evaluator[0] if isinstance(evaluator, list) else evaluator).output_dir = args.out
     if args.show_dir:
         config.default_hooks.visualization.update(draw=True, interval=1)
         config.visualizer.save_dir = args.show_dir

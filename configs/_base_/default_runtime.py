@@ -20,7 +20,7 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='LabelGuardHook'),
     dict(type='NonFiniteGuardHook', max_in_row=25),
-    dict(type='EvaluationRecordHook'),  # what tools/report.py reads
+    dict(type='EvaluationRecordHook'),  # the validation loss, and what tools/report.py reads
 ]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')

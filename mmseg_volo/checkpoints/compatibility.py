@@ -69,7 +69,8 @@ def check_checkpoint(model: nn.Module, content: dict, mode: Mode, classes: Seque
         CheckpointError: weights are missing, unexpected or of other shape, or the names of the classes differ.
     """
     source = source_of(content['state_dict'])
-    check_weights(model, content['state_dict'], mode)
+    if content['state_dict'] or 'exported' not in content['meta']:  # an exported file runs its own weights
+        check_weights(model, content['state_dict'], mode)
     given = dataset_meta_of(content).get('classes')
     if mode == 'infer' and given and classes and not allows_mismatch(model):
         check_class_names(given, classes, source)

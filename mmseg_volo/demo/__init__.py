@@ -1,4 +1,4 @@
-"""The page to try a model on one's own pictures: what ``tools/demo.py`` opens."""
+"""A web page to try a model on one's own images: what ``tools/demo.py`` opens."""
 
 import importlib.util
 
@@ -6,7 +6,6 @@ from ..errors import ConfigError
 
 
 def check_installed() -> None:
-    """Raise ConfigError where the page's libraries, the extra ``demo``, are missing."""
-    missing = [name for name in ('gradio', 'uvicorn') if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"the page needs {' and '.join(missing)}: pip install -e '.[demo]' in the clone")
+    """Raise ConfigError if Gradio, the extra ``demo``, is not installed."""
+    if importlib.util.find_spec('gradio') is None:
+        raise ConfigError("the page needs gradio: pip install -e '.[demo]' in the clone")

@@ -62,8 +62,9 @@ def init_model(
         content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'current')
     if content is not None:
         check_checkpoint(model, content, 'infer', known.get('classes'))
-        consume_prefix_in_state_dict_if_present(content['state_dict'], 'module.')
-        load_state_dict(model, content['state_dict'], logger='current')
+        if content['state_dict']:
+            consume_prefix_in_state_dict_if_present(content['state_dict'], 'module.')
+            load_state_dict(model, content['state_dict'], logger='current')
     model.dataset_meta = _complete(dataset_meta_of(content or {}), known, model.decode_head.num_classes)
     return model.to(device).eval()
 

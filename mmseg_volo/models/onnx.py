@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
 
@@ -191,9 +191,7 @@ class OnnxHead(BaseDecodeHead):
             out_channels=out_channels,
             threshold=threshold,
             align_corners=align_corners,
-            init_cfg=None,
         )
-        self.conv_seg = nn.Identity()  # the file holds all weights
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         return inputs[0]

@@ -18,6 +18,10 @@ from ..utils.devices import check_device
 from .streaming import View, axis
 from .windows import WindowNetwork
 
+# Every 7th pixel in both directions is in the sample that evaluation takes: 43,000 pixels of 1024 x 2048. The step is
+# odd, so that the pixels lie at all places between two logits, whose grid is 4, 8 or 16 pixels wide.
+SAMPLE_STEP = 7
+
 
 @MODELS.register_module()
 class StreamingEncoderDecoder(EncoderDecoder):
@@ -38,7 +42,8 @@ class StreamingEncoderDecoder(EncoderDecoder):
       of modules that are changed after predictions have been made.
     - ``channels_last``: keep the weights of convolutions in that memory format.
     - ``confidence``: predictions carry ``seg_confidence`` (1, H, W), the probability of the class that was chosen.
-    - ``return_logits``: predictions carry ``seg_logits`` (C, H, W), as EncoderDecoder's always do.
+    - ``return_logits``: predictions carry ``seg_logits`` (C, H, W), as EncoderDecoder's always do. An evaluation takes
+      the logits of a sample of pixels instead, ``sampled_logits``, which ``network.sampled`` switches on.
     - ``allow_mismatch``: take checkpoints of other models, as far as they fit
       (:func:`~mmseg_volo.checkpoints.compatibility.check_weights`).
 
@@ -304,10 +309,13 @@ def _results(
 ) -> list[dict[str, PixelData]]:
     """Class ids of each picture, and the confidence and the logits where ``test_cfg`` asks for them.
 
-    ``average`` takes the mean of the views' probabilities, as ``SegTTAModel`` does; without it there is one view.
+    ``average`` takes the mean of the views' probabilities, as ``SegTTAModel`` does; without it there is one view. Where
+    ``network.sampled`` is set, the results have ``sampled_probabilities``, or without ``average`` ``sampled_logits``,
+    (C, ceil(H / SAMPLE_STEP), ceil(W / SAMPLE_STEP)).
     """
     C, cfg = segmentor.out_channels, segmentor.test_cfg
     device = network.device
+    sample = 'sampled_probabilities' if average else 'sampled_logits'
     maps: list[dict[str, Tensor]] = []
     for views in pictures:
         shape = views[0].shape
@@ -316,6 +324,9 @@ def _results(
             found['seg_confidence'] = torch.empty(1, *shape, device=device)
         if cfg.get('return_logits'):
             found['seg_logits'] = torch.empty(C, *shape, device=device)
+        if network.sampled:
+            sizes = [-(-size // SAMPLE_STEP) for size in shape]
+            found[sample] = torch.empty(C, *sizes, device=device)
         maps.append(found)
 
     with network.running():
@@ -338,6 +349,10 @@ def _results(
             else:
                 classes = scores.argmax(1, keepdim=True)
             found['pred_sem_seg'][0, along, across] = classes[:, 0]
+            if sample in found:
+                (rows, to_rows), (columns, to_columns) = map(_sampled, (along, across))
+                source = scores if average else logits
+                found[sample][:, to_rows, to_columns] = source[rows, :, columns].transpose(0, 1)
             if 'seg_logits' in found:
                 found['seg_logits'][:, along, across] = scores.transpose(0, 1)
             if 'seg_confidence' in found:
@@ -347,3 +362,9 @@ def _results(
                     probabilities = scores if average else scores.softmax(1)
                     found['seg_confidence'][0, along, across] = probabilities.amax(1)
     return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]
+
+
+def _sampled(tile: slice) -> tuple[slice, slice]:
+    """The pixels of a tile that are in the sample, and their places in it; along one axis."""
+    first = -(-tile.start // SAMPLE_STEP)
+    return slice(first * SAMPLE_STEP - tile.start, None, SAMPLE_STEP), slice(first, -(-tile.stop // SAMPLE_STEP))

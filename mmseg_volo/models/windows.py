@@ -37,6 +37,8 @@ class WindowNetwork:
         self._follows_training = follows_training
         # Called with the windows done and their number, after each batch.
         self.progress: Callable[[int, int], None] | None = None
+        # Predictions carry the logits of every SAMPLE_STEP-th pixel; an evaluation sets it.
+        self.sampled = False
         self.graphs = Graphs()
         self._done, self._all = 0, 0
         self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape

@@ -127,7 +127,8 @@ def reliability(name: str, calibration: dict) -> Figure:
     """Accuracy over confidence, with the diagonal of a calibrated model; the bars below say how many pixels."""
     bins = [one for one in calibration['bins'] if one['pixels']]
     total = sum(one['pixels'] for one in bins)
-    ece = calibration['ece']
+    ece, step = calibration['ece'], calibration.get('step', 1)
+    of = 'all labelled pixels' if step == 1 else f'one labelled pixel in {step**2}, on a regular grid'
     gap = sum((one['confidence'] - one['accuracy']) * one['pixels'] for one in bins) / max(total, 1)
     tends = 'claims more than it keeps (overconfident)' if gap > 0 else 'keeps more than it claims (underconfident)'
     if abs(gap) < 0.005:
@@ -166,7 +167,7 @@ def reliability(name: str, calibration: dict) -> Figure:
             label,
             ['Confidence', 'Pixels', 'Mean confidence', 'Accuracy'],
             rows,
-            f'Expected calibration error {ece:.3f}. The model {tends}. Of all labelled pixels.',
+            f'Expected calibration error {ece:.3f}. The model {tends}. Of {of}.',
         )
 
 

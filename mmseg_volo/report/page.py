@@ -147,9 +147,25 @@ def _curves(runs: Sequence[Run]) -> list[Figure]:
             points = [(x, row[key]) for x, row in getattr(run, rows).items() if isinstance(row.get(key), (int, float))]
             series.append(Series(run.name, [x for x, _ in points], [y for _, y in points]))
         log = key.startswith('loss') or key == 'grad_norm'
-        if (figure := curves(title, unit, series, best, log)) is not None:
-            figures.append(figure)
-    return figures
+        figures.append(curves(title, unit, series, best, log))
+    figures.insert(1, _head_losses(runs))
+    return [figure for figure in figures if figure is not None]
+
+
+def _head_losses(runs: Sequence[Run]) -> Figure | None:
+    """Training and validation loss of the decode head, of the runs whose validations measured it."""
+    series = []
+    for run in runs:
+        train = [
+            (x, [value for key, value in row.items() if key.startswith('decode.') and 'loss' in key])
+            for x, row in run.train.items()
+        ]
+        train = [(x, sum(values)) for x, values in train if values]
+        val = [(x, row['val/loss']) for x, row in run.val.items() if isinstance(row.get('val/loss'), (int, float))]
+        for what, points in (('training', train), ('validation', val)) if val else ():
+            name = f'{run.name}, {what}' if len(runs) > 1 else what
+            series.append(Series(name, [x for x, _ in points], [y for _, y in points]))
+    return curves('Loss of the decode head', 'loss', series, 'least', True)
 
 
 def _evaluations(runs: Sequence[Run]) -> list[list[str]]:

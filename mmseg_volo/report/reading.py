@@ -229,7 +229,7 @@ def _rows_of_log(log: str) -> tuple[dict[int, dict], dict[int, dict]]:
     val: dict[int, dict] = {}
     for kind, step, of, rest in _LOGGED.findall(log):
         row = {}
-        for name, value in re.findall(r'([\w.]+): (\S+)', rest):
+        for name, value in re.findall(r'([\w./]+): (\S+)', rest):
             with suppress(ValueError):
                 row[name] = float(value)
         if kind == 'train':

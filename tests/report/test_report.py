@@ -92,7 +92,8 @@ class Page(HTMLParser):
 
 def scalar(step: int, **more) -> dict:
     loss = 2 / step
-    return dict(base_lr=0.1, lr=0.1, loss=loss, grad_norm=3.0, time=0.5, data_time=0.01, iter=step, step=step, **more)
+    parts = {'loss': loss, 'decode.loss_ce': 0.75 * loss, 'decode.acc_seg': 50.0, 'aux.loss_ce': 0.25 * loss}
+    return dict(base_lr=0.1, lr=0.1, grad_norm=3.0, time=0.5, data_time=0.01, iter=step, step=step, **parts, **more)
 
 
 def write_stamp(folder: Path, stamp: str, rows=(), log: str = LOG, config: str = CONFIG, tail: str = '') -> Path:
@@ -132,7 +133,7 @@ def write_record(stamp: Path, name: str = 'test', confusion=((90, 10), (40, 60))
             dict(path=str(image), truth=None, mIoU=0.25, accuracy=0.5, **kept),
             dict(path='gone/away.png', truth=None, mIoU=0.75, accuracy=0.9, **kept),
         ],
-        calibration=dict(bins=[dict(low=0.8, high=0.9, pixels=200, confidence=0.85, accuracy=0.75)], ece=0.1),
+        calibration=dict(bins=[dict(low=0.8, high=0.9, pixels=200, confidence=0.85, accuracy=0.75)], ece=0.1, step=7),
         seconds_per_picture=0.25,
         environment=dict(torch='2.15.0', device='cpu'),
     )
@@ -140,8 +141,9 @@ def write_record(stamp: Path, name: str = 'test', confusion=((90, 10), (40, 60))
 
 
 def small_run(folder: Path, **more) -> Path:
-    rows = [scalar(10), scalar(20), dict(mIoU=30.0, aAcc=60.0, mAcc=40.0, time=0.1, step=20), scalar(30)]
-    rows += [scalar(40, memory=1234), dict(mIoU=25.0, aAcc=61.0, mAcc=41.0, time=0.1, step=40)]
+    rows = [scalar(10), scalar(20), scalar(30), scalar(40, memory=1234)]
+    rows.insert(2, {'mIoU': 30.0, 'aAcc': 60.0, 'mAcc': 40.0, 'val/loss': 0.5, 'time': 0.1, 'step': 20})
+    rows.append({'mIoU': 25.0, 'aAcc': 61.0, 'mAcc': 41.0, 'val/loss': 0.25, 'time': 0.1, 'step': 40})
     stamp = write_stamp(folder, '20260101_000000', rows)
     write_record(stamp, **more)
     return folder
@@ -193,6 +195,12 @@ def test_one_run_has_everything(tmp_path):
     )
     labels = [found['aria-label'] for _, found in page.tags if found.get('role') == 'img']
     assert 'Training loss. 0.2 at iteration 10, 0.05 at iteration 40, least 0.05 at iteration 40.' in labels
+    assert (
+        'Loss of the decode head. training: 0.15 at iteration 10, 0.0375 at iteration 40, '
+        'least 0.0375 at iteration 40. '
+        'validation: 0.5 at iteration 20, 0.25 at iteration 40, least 0.25 at iteration 40.'
+    ) in labels
+    assert 'Of one labelled pixel in 49, on a regular grid.' in page.text
     assert 'Validation mIoU. 30 at iteration 20, 25 at iteration 40, greatest 30 at iteration 20.' in labels
     alts = [found['alt'] for tag, found in page.tags if tag == 'img']
     assert len(alts) == 7  # one of two images is gone
@@ -216,6 +224,7 @@ def test_several_runs_are_compared(tmp_path):
         found['aria-label'] for _, found in page.tags if found.get('aria-label', '').startswith('Training loss.')
     )
     assert 'a/run: 0.2 at iteration 10' in loss and 'b/run: 0.2 at iteration 10' in loss
+    assert any('a/run, training: 0.15' in found.get('aria-label', '') for _, found in page.tags)
     # Lines differ in dashes and markers, not in colour alone.
     drawn = curves('Loss', 'loss', [Series('a', [1, 2], [1, 2]), Series('b', [1, 2], [2, 1])]).svg
     assert 'stroke-dasharray' in drawn and 'var(--s0)' in drawn and 'var(--s1)' in drawn

@@ -45,5 +45,5 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 # aAcc, the pixel accuracy that the paper lists beside mIoU, comes with it.
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+val_evaluator = dict(type='ConfusionIoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

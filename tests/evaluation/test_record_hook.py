@@ -1,4 +1,4 @@
-"""The record of an evaluation, from real test and training runs of small models, against mmseg's own metric."""
+"""The record of an evaluation, from real test and training runs of small models, against what mmseg's metric saves."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,14 @@ import pytest
 import torch
 from commands import CONFIG, miou, run, tool
 from mmengine.structures import PixelData
-from mmseg.evaluation import IoUMetric
-from mmseg.registry import MODELS
+from mmseg.registry import METRICS, MODELS
 from small_models import build
-from small_runs import small_config
+from small_runs import differences, small_config
 
 from mmseg_volo.engine.runner import VOLORunner, build_runner
-from mmseg_volo.evaluation import NoRecord, confusion_of, iou_of
+from mmseg_volo.evaluation import EvaluationRecordHook, iou_of
+from mmseg_volo.evaluation.metric import confusion_of
+from mmseg_volo.models.segmentors import SAMPLE_STEP
 from mmseg_volo.report import write_report
 
 PICTURES = 6
@@ -35,8 +36,16 @@ def write_pictures(folder: Path, classes: int) -> None:
         cv2.imwrite(str(folder / f'labels/{i}.png'), label)
 
 
-def make_runner(folder: Path, classes: int = 4, labels: bool = True, tta: bool = False, hook=None, **model):
-    """A runner of mmengine's test loop, with the data and the predictions saved by IoUMetric in ``folder``."""
+def make_runner(
+    folder: Path,
+    classes: int = 4,
+    labels: bool = True,
+    tta: bool = False,
+    hook=None,
+    metric: str = 'ConfusionIoUMetric',
+    **model,
+):
+    """A runner of mmengine's test loop, with the data and the predictions saved by the metric in ``folder``."""
     write_pictures(folder, classes)
     load = [dict(type='LoadAnnotations')] if labels else []
     steps = [dict(type='LoadImageFromFile'), *load, dict(type='PackSegInputs')]
@@ -63,7 +72,7 @@ def make_runner(folder: Path, classes: int = 4, labels: bool = True, tta: bool =
         str(folder / 'run'),
         test_dataloader=loader,
         test_cfg=dict(type='TestLoop'),
-        test_evaluator=dict(type='IoUMetric', output_dir=str(folder / 'out'), format_only=not labels),
+        test_evaluator=dict(type=metric, output_dir=str(folder / 'out'), format_only=not labels),
         custom_hooks=[dict(type='EvaluationRecordHook', **(hook or {}))],
         randomness=dict(seed=0),
         default_scope='mmseg',
@@ -84,32 +93,14 @@ def percent(values: np.ndarray) -> float:
     return round(100 * float(np.nanmean(values)), 2)
 
 
-@pytest.mark.parametrize('ignore', [255, 2])
-def test_the_confusion_matrix_has_the_areas_of_mmsegs_metric(ignore):
-    generator = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, 5, (40, 50), generator=generator)
-    truth[:5] = 255
-    predicted = torch.where(torch.rand(40, 50, generator=generator) < 0.5, truth % 5, truth.flip(0) % 5)
-    truth[truth == 3] = 4  # a class that is predicted only
-    predicted[predicted == 3] = 3
-    kept = truth.clone()
-    kept[(truth == 255) & (ignore != 255)] = ignore  # mmseg would count it among the predictions
-    confusion, counted = confusion_of(predicted, kept, 5, ignore)
-    right, union, of_predicted, of_truth = IoUMetric.intersect_and_union(predicted, kept, 5, ignore)
-    assert confusion.sum() == counted.sum() == of_truth.sum() > 0
-    assert (np.diag(confusion) == right.numpy()).all()
-    assert (confusion.sum(0) == of_predicted.numpy()).all() and (confusion.sum(1) == of_truth.numpy()).all()
-    np.testing.assert_allclose(iou_of(confusion), (right / union).numpy(), rtol=1e-6)
-    with pytest.raises(NoRecord, match='predictions of 5'):
-        confusion_of(predicted + 1, kept, 5, ignore)
-
-
 @pytest.mark.parametrize(
     'options',
     [
         dict(),
         dict(tta=True),
         dict(type='EncoderDecoder'),
+        dict(metric='IoUMetric'),  # as in configs of other people
+        dict(metric='IoUMetric', type='EncoderDecoder'),
         dict(classes=2, out_channels=1),
     ],
     ids=str,
@@ -124,13 +115,13 @@ def test_a_test_leaves_the_metric_it_printed(tmp_path, options):
     assert round(100 * np.trace(confusion) / confusion.sum(), 2) == record['metrics']['aAcc']
     assert record['kind'] == 'test' and record['aug_test'] is options.get('tta', False)
     assert record['dataset']['pictures'] == len(record['pictures']) == PICTURES
-    # Each picture by itself, from the file that IoUMetric saved of it.
+    # Each image by itself, from the file that the metric saved of it.
     scores = {}
     for i, picture in enumerate(record['pictures']):
         predicted, truth = (
             torch.from_numpy(cv2.imread(str(tmp_path / f'{name}/{i}.png'), -1)).long() for name in ('out', 'labels')
         )
-        one, _ = confusion_of(predicted, truth, len(confusion))
+        one = confusion_of(predicted, truth, len(confusion))[:-1, :-1].numpy()
         confusion -= one
         assert Path(picture['path']).name == Path(picture['truth']).name == f'{i}.png'
         assert picture['pixels'] == one.sum() and ('prediction' in picture) == ('truth_map' in picture)
@@ -146,35 +137,49 @@ def test_a_test_leaves_the_metric_it_printed(tmp_path, options):
     order = sorted(scores, key=scores.get)
     kept = {i for i, picture in enumerate(record['pictures']) if 'prediction' in picture}
     assert kept == {*order[:2], *order[-2:]}
-    # mmseg's own segmentor has no confidence; the test put the switch back.
-    model = runner.model.module if options.get('tta') else runner.model
+    # mmseg's own segmentor gives no sample; ours is as it was before the test.
     assert (record['calibration'] is None) == (options.get('type') == 'EncoderDecoder')
-    assert not model.test_cfg.get('confidence')
+    assert not getattr(runner.model, 'network', runner).__dict__.get('sampled')
+    assert 'val/loss' not in metrics
 
 
-def test_calibration_is_that_of_the_pixels(tmp_path):
-    runner = make_runner(tmp_path)
+@pytest.mark.parametrize('tta', [False, True])
+def test_calibration_is_that_of_the_sampled_pixels(tmp_path, tta):
+    runner = make_runner(tmp_path, tta=tta)
     runner.test()
     calibration = record_of(runner)['calibration']
-    runner.model.test_cfg['confidence'] = True
+    (runner.model.module if tta else runner.model).test_cfg['confidence'] = True
     confidence, right = [], []
     for batch in runner.test_dataloader:
         for sample in runner.model.test_step(batch):
-            truth = sample.gt_sem_seg.data
+            truth, predicted, sure = (
+                part.data[0, ::SAMPLE_STEP, ::SAMPLE_STEP]
+                for part in (sample.gt_sem_seg, sample.pred_sem_seg, sample.seg_confidence)
+            )
             counted = truth != 255
-            confidence.append(sample.seg_confidence.data[counted])
-            right.append((sample.pred_sem_seg.data == truth)[counted])
+            confidence.append(sure[counted])
+            right.append((predicted == truth)[counted])
     confidence, right = torch.cat(confidence).double().numpy(), torch.cat(right).numpy()
     of_bin = np.clip(np.floor(confidence * 20), 0, 19)
     ece = sum(
         abs(confidence[of_bin == k].mean() - right[of_bin == k].mean()) * (of_bin == k).mean()
         for k in np.unique(of_bin)
     )
-    assert sum(one['pixels'] for one in calibration['bins']) == len(right)
-    assert calibration['ece'] == pytest.approx(ece, abs=2e-4) and ece > 0.01
-    for one in calibration['bins']:
-        if one['pixels'] > 50:
-            assert one['low'] - 1e-4 <= one['confidence'] <= one['high'] + 1e-4
+    assert sum(one['pixels'] for one in calibration['bins']) == len(right) and calibration['step'] == SAMPLE_STEP
+    assert calibration['ece'] == pytest.approx(ece, abs=2e-6) and ece > 0.01
+    for k, one in enumerate(calibration['bins']):
+        if one['pixels']:
+            assert one['confidence'] == pytest.approx(confidence[of_bin == k].mean(), abs=1e-6)
+            assert one['accuracy'] == pytest.approx(right[of_bin == k].mean(), abs=1e-6)
+
+
+def test_the_hook_refuses_bad_options_and_switches_off(tmp_path):
+    with pytest.raises(ValueError, match='keep must be 0 or more, got -1'):
+        EvaluationRecordHook(keep=-1)
+    runner = make_runner(tmp_path, hook=dict(keep=0, confidence=False))
+    runner.test()
+    record = record_of(runner)
+    assert record['calibration'] is None and not any('prediction' in picture for picture in record['pictures'])
 
 
 def test_without_labels_there_is_no_record_and_the_test_goes_on(tmp_path):
@@ -182,7 +187,7 @@ def test_without_labels_there_is_no_record_and_the_test_goes_on(tmp_path):
     runner.test()
     assert len(list((tmp_path / 'out').glob('*.png'))) == PICTURES
     assert not Path(runner.log_dir, 'evaluation').exists()
-    assert log_of(runner).count('test: no evaluation record (the data has no truth)') == 1
+    assert log_of(runner).count('test: no evaluation record (the data has no ground truth)') == 1
 
 
 def test_a_record_that_cannot_be_written_is_a_warning(tmp_path):
@@ -192,20 +197,38 @@ def test_a_record_that_cannot_be_written_is_a_warning(tmp_path):
     assert 'WARNING - test: the evaluation record could not be written' in log_of(runner)
 
 
-def test_odd_predictions_are_a_line_in_the_log(tmp_path):
+@pytest.mark.parametrize(
+    ('change', 'why'),
+    [
+        (lambda ids: ids[:, ::2], 'prediction (24, 64) and ground truth (48, 64) have different sizes'),
+        (lambda ids: ids + 1, 'predictions that are no class: the data set has 4'),
+    ],
+    ids=['sizes', 'classes'],
+)
+def test_odd_predictions_are_a_line_in_the_log(tmp_path, change, why):
     runner = make_runner(tmp_path)
     step = runner.model.test_step
 
-    def halved(data):
+    def changed(data):
         for sample in (samples := step(data)):
-            sample.pred_sem_seg = PixelData(data=sample.pred_sem_seg.data[:, ::2])
+            sample.pred_sem_seg = PixelData(data=change(sample.pred_sem_seg.data))
         return samples
 
-    runner.model.test_step = halved
-    runner.test_loop.evaluator.metrics[0].format_only = True  # mmseg's metric cannot compare them
+    runner.model.test_step = changed
+    runner.test_loop.evaluator.metrics[0].format_only = True  # the evaluator itself does not compare them
     runner.test()
-    assert record_of(runner) is None
-    assert 'no evaluation record (prediction (24, 64) and truth (48, 64) have different sizes)' in log_of(runner)
+    assert record_of(runner) is None and f'no evaluation record ({why}' in log_of(runner)
+
+
+def test_other_metrics_stand_beside(tmp_path):
+    """As CityscapesMetric, which has figures of other names."""
+    runner = make_runner(tmp_path)
+    other = METRICS.build(dict(type='IoUMetric', prefix='other'))
+    other.dataset_meta = runner.test_loop.evaluator.metrics[0].dataset_meta
+    runner.test_loop.evaluator.metrics.append(other)
+    metrics = runner.test()
+    assert metrics['mIoU'] == pytest.approx(metrics['other/mIoU'], abs=0.0101)
+    assert metrics == pytest.approx(record_of(runner)['metrics'], abs=1e-4)
 
 
 def test_training_leaves_a_record_of_each_validation(tmp_path):
@@ -214,22 +237,38 @@ def test_training_leaves_a_record_of_each_validation(tmp_path):
     runner.train()
     rows = [json.loads(line) for line in Path(runner.log_dir, 'vis_data/scalars.json').read_text().splitlines()]
     printed = {row['step']: row['mIoU'] for row in rows if 'mIoU' in row}
+    losses = {row['step']: row['val/loss'] for row in rows if 'mIoU' in row}
+    assert losses == {row['step']: row['val/decode.loss_ce'] for row in rows if 'mIoU' in row}
     records = {n: record_of(runner, f'val_iter_{n}') for n in (1, 2)}
     for n, record in records.items():
         assert record['iteration'] == n and record['kind'] == 'val' and record['checkpoint'] is None
-        assert record['calibration'] is None  # asked for in tests only
+        assert record['calibration']['bins'] and record['metrics']['val/loss'] == round(losses[n], 4)
         assert percent(iou_of(np.array(record['confusion']))) == pytest.approx(printed[n], abs=1e-4)
-    # Pictures are kept of the newest and of the best one.
+    # PNGs are kept of the newest and of the best one.
     best = max(records, key=lambda n: records[n]['metrics']['mIoU'])
     kept = {path.name for path in Path(runner.log_dir, 'evaluation/pictures').iterdir()}
     assert {'val_iter_2', f'val_iter_{best}'} >= kept >= {'val_iter_2'}
     page = write_report([runner.work_dir]).read_text()
-    assert 'Validation of iteration 2' in page and 'VOLO LeanUPerHead' in page and 'StreetSceneDataset' in page
+    for text in ('Loss of the decode head', 'Validation of iteration 2', 'VOLO LeanUPerHead', 'StreetSceneDataset'):
+        assert text in page
     assert page.count('<img') == 2 * 4  # two pictures of four panels
 
 
+def test_what_validations_measure_does_not_change_training(tmp_path):
+    checkpoints = []
+    for hook in (dict(), dict(keep=0, confidence=False, loss=False)):
+        config = small_config(tmp_path, str(len(hook)), train_cfg__max_iters=2, train_cfg__val_interval=1)
+        others = [one for one in config.custom_hooks if one.type != 'EvaluationRecordHook']
+        config.custom_hooks = [*others, dict(type='EvaluationRecordHook', **hook)]
+        runner = build_runner(config)
+        runner.train()
+        checkpoints.append(Path(runner.work_dir, 'iter_2.pth'))
+        assert ('val/val/loss' in runner.message_hub.log_scalars) == (not hook)
+    assert differences(*checkpoints) == []
+
+
 @pytest.mark.slow
-def test_two_processes_leave_the_record_of_one(tmp_path):
+def test_two_ranks_leave_the_record_of_one(tmp_path):
     config = tmp_path / 'tiny.py'
     config.write_text(CONFIG.replace('DATA', str(tmp_path / 'scenes')))
     tool('train.py', config, '--work-dir', tmp_path / 'run')
@@ -243,7 +282,7 @@ def test_two_processes_leave_the_record_of_one(tmp_path):
     records = [
         json.loads(next((tmp_path / name).glob('*/evaluation/test.json')).read_text()) for name in ('one', 'two')
     ]
-    # Three pictures on two processes: the sampler repeats the first.
+    # Three images on two ranks: the sampler repeats the first.
     assert [record['environment']['processes'] for record in records] == [1, 2]
     for name in ('confusion', 'pictures', 'metrics', 'dataset', 'calibration', 'iteration'):
         assert records[0][name] == records[1][name], name
