@@ -1,4 +1,4 @@
-"""VOLO-D1 + UperNet on street scenes that the package draws, from scratch, in minutes on two CPU cores.
+"""VOLO-D1 + UperNet on street scenes that the package draws, from random weights, in minutes on two CPU cores.
 
 python tools/quickstart.py
 The data set has Cityscapes' classes, labels and folders; it shows that training works, not how good VOLO is.

@@ -24,7 +24,7 @@ class SaveError(RuntimeError):
 
 
 class ExportError(RuntimeError):
-    """An exported file is not sound, or does not do what the model does; it was not kept."""
+    """An exported file is not valid, or gives other results than the model; it was not kept."""
 
 
 class TrainingDiverged(RuntimeError):

@@ -7,7 +7,8 @@ data/cityscapes, data/ade or data/camvid.
 import argparse
 import sys
 
-from mmseg_volo.datasets.prepare import PrepareError, prepare_ade20k, prepare_camvid, prepare_cityscapes
+from mmseg_volo.cli import run_tool
+from mmseg_volo.datasets.prepare import prepare_ade20k, prepare_camvid, prepare_cityscapes
 
 PREPARE = {'cityscapes': prepare_cityscapes, 'ade20k': prepare_ade20k, 'camvid': prepare_camvid}
 
@@ -20,7 +21,6 @@ def positive(text: str) -> int:
 
 
 def main() -> int:
-    """Run the command line; returns the exit status: 0 when complete, 1 on an error or missing data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('dataset', choices=PREPARE)
     parser.add_argument('src', help='folder with the download, or a zip file')
@@ -29,9 +29,6 @@ def main() -> int:
     args = parser.parse_args()
     try:
         PREPARE[args.dataset](args.src, args.dst, workers=args.workers)
-    except PrepareError as exc:
-        print(f'error: {exc}', file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print('interrupted; run the same command again to go on', file=sys.stderr)
         return 130
@@ -39,4 +36,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    run_tool(main)

@@ -1,6 +1,6 @@
-"""The main job from end to end on an embedded default: draw street scenes, train, test, show.
+"""Draw street scenes, train VOLO-D1 + UperNet on them, test the model and show its predictions.
 
-Runs tools/train.py and tools/test.py as anybody would, then puts image, truth and prediction into one picture.
+Runs tools/train.py and tools/test.py as a user would, then writes one figure of images, ground truth and predictions.
 """
 
 import argparse
@@ -23,17 +23,21 @@ CONFIG = TOOLS.parent / 'configs/volo_d1_quickstart.py'
 
 
 def run(script: str, *arguments: str) -> None:
-    """Run one of our tools, after showing the command, so that the reader can repeat it."""
+    """Run one of our tools after printing its command, so that users can repeat it."""
     command = [sys.executable, '-W', 'ignore', str(TOOLS / script), *arguments]
     print(f'\n$ python {shlex.join(command[3:])}', flush=True)
     subprocess.run(command, check=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description='Train VOLO-D1 + UperNet on drawn street scenes, test it, show it.')
+    parser = argparse.ArgumentParser(
+        description='Train VOLO-D1 + UperNet on drawn street scenes, then test and show it.'
+    )
     parser.add_argument('--config', default=str(CONFIG), help=argparse.SUPPRESS)
-    parser.add_argument('--work-dir', default='work_dirs/volo_d1_quickstart', help='where everything goes')
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='overrides of the config')
+    parser.add_argument('--work-dir', default='work_dirs/volo_d1_quickstart', help='folder for all results')
+    parser.add_argument(
+        '--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override values of the config'
+    )
     args = parser.parse_args()
 
     start = time.time()
@@ -45,25 +49,25 @@ def main() -> int:
         predictions = work_dir / 'predictions'
         run('test.py', args.config, str(checkpoint), '--work-dir', str(work_dir), '--out', str(predictions), *options)
     except subprocess.CalledProcessError as error:
-        return error.returncode  # the tool has said what is wrong
+        return error.returncode  # the tool has printed the error
 
-    picture = work_dir / 'quickstart.png'
-    show(Config.fromfile(work_dir / Path(args.config).name), predictions, picture)
-    print(f'\nImage, ground truth and prediction: {picture}\nCheckpoint: {checkpoint}')
+    figure = work_dir / 'quickstart.png'
+    show(Config.fromfile(work_dir / Path(args.config).name), predictions, figure)
+    print(f'\nImage, ground truth and prediction: {figure}\nCheckpoint: {checkpoint}')
     print(f'Done in {time.time() - start:.0f} seconds.')
     return 0
 
 
-def show(config: Config, predictions: Path, picture: Path) -> None:
-    """Write the first three validation scenes with their truth and prediction, one below the other."""
+def show(config: Config, predictions: Path, figure: Path) -> None:
+    """Write the first two validation scenes with ground truth and prediction, one scene below the other."""
     dataset = DATASETS.build(dict(config.test_dataloader.dataset, pipeline=[]))
     rows = []
-    for index in range(min(3, len(dataset))):
+    for index in range(min(2, len(dataset))):
         info = dataset.get_data_info(index)
         prediction = predictions / f'{Path(info["img_path"]).stem}.png'
         images = [cv2.imread(info['img_path']), cv2.imread(info['seg_map_path'], -1), cv2.imread(str(prediction), -1)]
         rows.append(side_by_side(*images, dataset.metainfo['palette'], dataset.metainfo['classes']))
-    cv2.imwrite(str(picture), np.concatenate(rows))
+    cv2.imwrite(str(figure), np.concatenate(rows))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Loading of images and labels that names the file when something is wrong with it."""
+"""Transforms that load images and labels, and name the file in every error."""
 
 import cv2
 from mmcv.transforms import LoadImageFromFile
@@ -12,11 +12,11 @@ from .checks.labels import LabelError, decode_label, label_table
 
 @TRANSFORMS.register_module()
 class LoadCheckedAnnotations(LoadAnnotations):
-    """mmseg's ``LoadAnnotations``, same arguments and same labels, which refuses what mmseg takes silently.
+    """mmseg's ``LoadAnnotations``, same arguments and results, which rejects labels that mmseg accepts silently.
 
-    It raises DataError with the label's path where the file cannot be read, is no map of class ids (several channels,
+    It raises DataError with the label's path if the file cannot be read, does not hold class ids (several channels,
     values above 255) or has another size than the image. Without ``seg_map_path`` in the results it does nothing, so
-    that ``inference_model`` and ``MMSegInferencer`` can run the pipelines that contain it.
+    that ``inference_model`` and ``MMSegInferencer`` can run pipelines that contain it.
     """
 
     def transform(self, results: dict) -> dict:

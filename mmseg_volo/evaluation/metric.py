@@ -29,8 +29,8 @@ class ConfusionIoUMetric(IoUMetric):
     keeps what it found in each image: :class:`~mmseg_volo.evaluation.EvaluationRecordHook` writes that to a file.
 
     Predictions with ``sampled_logits`` (the logits of a fixed grid of pixels, see
-    :class:`~mmseg_volo.models.segmentors.StreamingEncoderDecoder`) also give the calibration of the confidence and, where
-    ``head`` is set, the validation loss: ``val/loss`` and its parts, such as ``val/decode.loss_ce``.
+    :class:`~mmseg_volo.models.segmentors.StreamingEncoderDecoder`) also give the calibration of the confidence and,
+    where ``head`` is set, the validation loss: ``val/loss`` and its parts, such as ``val/decode.loss_ce``.
 
     Attributes:
         keep: how many images with the lowest mIoU, and with the highest, keep prediction and ground truth as PNG.

@@ -1,4 +1,4 @@
-"""Whether an exported file is sound, and does what the model does."""
+"""Check that an exported file is valid and gives the same results as the model."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from mmseg.models.utils import resize
 from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 
-from ..datasets.street_drawing import draw_scene
 from ..errors import ExportError
 from ..inference.files import find_images
 from ..inference.images import read_image
@@ -28,7 +27,7 @@ LEAST_EQUAL = {'fp32': 0.999, 'fp16': 0.99}  # share of the pixels with the same
 
 
 class Parity(NamedTuple):
-    """A file against the model: greatest difference of logits, share of pixels with the same class."""
+    """One comparison of file and model: greatest difference of the logits, share of pixels with the same class."""
 
     size: tuple[int, int]
     batch: int
@@ -37,18 +36,18 @@ class Parity(NamedTuple):
 
 
 def check_onnx(path: Path) -> dict[str, int]:
-    """Hold an ONNX file against ONNX's definitions, infer its shapes, and look its operators up in TensorRT's table.
+    """Validate an ONNX file, infer its shapes, and look up its operators in TensorRT's table.
 
     Returns:
         How often each operator occurs.
 
     Raises:
-        ExportError: it is not sound, is of another opset, or TensorRT would not read it.
+        ExportError: the file is not valid, needs another opset, or TensorRT could not read it.
     """
     import onnx
 
     try:
-        onnx.checker.check_model(str(path), full_check=True)  # full: with the inferred shapes
+        onnx.checker.check_model(str(path), full_check=True)  # infers the shapes too
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f'onnx.checker refuses the file: {error}') from error
     model = onnx.load(str(path), load_external_data=False)
@@ -62,26 +61,31 @@ def check_onnx(path: Path) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in nodes).items()))
 
 
-def sample_pictures(config: Config, sources: Sequence[str], count: int = 4) -> tuple[list[np.ndarray], str]:
-    """Pictures (H, W, 3), BGR, uint8, to compare on, and where they are from.
+def sample_images(config: Config, sources: Sequence[str], count: int = 4) -> tuple[list[np.ndarray], str]:
+    """Return images (H, W, 3), BGR, uint8, for the comparison, and a text that says where they come from.
 
-    Those given, else the first of the config's test data, else, where that is not there, drawn street scenes.
+    They are the given images, else a sample of the config's test data, else, where that data is not there, random ones.
+    Random images are enough: file and model must agree on every input, and the comparison needs no labels. They even
+    make a harder test, because a model is less certain on them, so that an error of the logits changes more classes.
     """
     if sources:
         paths = list(find_images(sources))[:count]
     else:
         try:
             dataset = DATASETS.build(dict(config.test_dataloader.dataset, pipeline=[]))
-            places = np.linspace(0, len(dataset) - 1, count).astype(int)
-            paths = [Path(dataset.get_data_info(int(i))['img_path']) for i in places]
+            indices = np.linspace(0, len(dataset) - 1, count).astype(int)
+            paths = [Path(dataset.get_data_info(int(i))['img_path']) for i in indices]
         except (OSError, ValueError, IndexError):
-            drawn = [draw_scene(seed, (512, 1024))[0] for seed in range(count)]
-            return drawn, 'drawn street scenes, since the test data is not here'
-    return [read_image(path) for path in paths], f'pictures from {paths[0].parent}'
+            rng = np.random.default_rng(0)
+            # From large smooth patches (4 x 8 of them in the first image) to small ones.
+            patches = [rng.integers(0, 256, (4 << i, 8 << i, 3), np.uint8) for i in range(count)]
+            images = [cv2.resize(patch, (1024, 512), interpolation=cv2.INTER_CUBIC) for patch in patches]
+            return images, 'random images, because the test data is not here'
+    return [read_image(path) for path in paths], f'images from {paths[0].parent}'
 
 
 def sizes_to_check(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]]:
-    """The file's size; of a dynamic one also others, among them one that is no multiple of 32 and the least."""
+    """Return the file's size; for a dynamic one also the least size and one that is no multiple of 32."""
     if not dynamic:
         return [size]
     height, width = size
@@ -90,32 +94,34 @@ def sizes_to_check(size: tuple[int, int], dynamic: bool) -> list[tuple[int, int]
 
 @torch.no_grad()
 def compare(
-    run: Run, about: dict, segmentor: EncoderDecoder, pictures: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
+    run: Run, about: dict, segmentor: EncoderDecoder, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
 ) -> list[Parity]:
-    """Run the file and the model on pictures.
+    """Run the file and the model on images.
 
     Args:
-        run: of :func:`~mmseg_volo.models.onnx.open_onnx` or ``open_pt2``.
-        about: what the file says of itself.
+        run: the file's function, from :func:`~mmseg_volo.models.onnx.open_onnx` or ``open_pt2``.
+        about: the file's metadata.
         segmentor: the model in PyTorch, float32.
-        pictures: resized to each of ``sizes``; run one by one, and all together at the first size.
+        images: (H, W, 3), BGR, uint8. They are resized to each of ``sizes`` and run one by one; at the first size they
+            also run as one batch.
+        sizes: (height, width) in pixels.
     """
     found = []
     for i, size in enumerate(sizes):
-        resized = np.stack([cv2.resize(picture, size[::-1], interpolation=cv2.INTER_AREA) for picture in pictures])
+        resized = np.stack([cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA) for image in images])
         batches = [resized[n : n + 1] for n in range(len(resized))]
         for batch in [*batches, resized] if i == 0 else batches:
             found.append(_compare(run, about, segmentor, batch))
     return found
 
 
-def _compare(run: Run, about: dict, segmentor: EncoderDecoder, pictures: np.ndarray) -> Parity:
-    images, size = torch.from_numpy(pictures).permute(0, 3, 1, 2), pictures.shape[1:3]
-    data = segmentor.data_preprocessor(dict(inputs=list(images), data_samples=[SegDataSample() for _ in images]))
+def _compare(run: Run, about: dict, segmentor: EncoderDecoder, images: np.ndarray) -> Parity:
+    inputs, size = list(torch.from_numpy(images).permute(0, 3, 1, 2)), images.shape[1:3]
+    data = segmentor.data_preprocessor(dict(inputs=inputs, data_samples=[SegDataSample() for _ in inputs]))
     inputs = data['inputs'][:, :, : size[0], : size[1]]  # the preprocessor may pad
     coarse = segmentor.decode_head(segmentor.extract_feat(inputs))
     logits = resize(coarse, size, mode='bilinear', align_corners=bool(segmentor.align_corners))
-    main, own = run(pictures if about['preprocess'] else inputs.numpy())
+    main, own = run(images if about['preprocess'] else inputs.numpy())
     if logits.shape[1] == 1:
         threshold = segmentor.decode_head.threshold
         classes = (logits[:, 0].sigmoid() > threshold).int().numpy()
@@ -127,15 +133,15 @@ def _compare(run: Run, about: dict, segmentor: EncoderDecoder, pictures: np.ndar
         given = main.argmax(1) if threshold is None else (1 / (1 + np.exp(-main[:, 0])) > threshold)
     else:
         given = main
-    return Parity(size, len(pictures), float(max(differences)), float((given == classes).mean()))
+    return Parity(size, len(images), float(max(differences)), float((given == classes).mean()))
 
 
 def judge(found: Sequence[Parity], precision: str) -> None:
-    """Print what was compared.
+    """Print the result of the comparison.
 
     Raises:
         ExportError: logits differ by more than :data:`LARGEST_DIFFERENCE` (float32), fewer pixels than
-            :data:`LEAST_EQUAL` have the same class, or something is not finite.
+            :data:`LEAST_EQUAL` have the same class, or a value is not finite.
     """
     worst, least = max(p.difference for p in found), min(p.equal for p in found)
     sizes = ', '.join(dict.fromkeys(f'{h} x {w}' for h, w in (p.size for p in found)))
@@ -147,7 +153,7 @@ def judge(found: Sequence[Parity], precision: str) -> None:
     if not (worst <= limit and least >= LEAST_EQUAL[precision]):
         allowed = f'{limit:.0e} and {LEAST_EQUAL[precision]:.1%}'
         raise ExportError(
-            f'the file does not do what the model does ({line}; allowed: {allowed}). '
+            f'the file and the model give different results ({line}; allowed: {allowed}). '
             + ('Export it with --precision fp32.' if precision == 'fp16' else 'Please report it with the config.')
         )
-    print_log(f'against PyTorch, {line}', logger='current')
+    print_log(f'compared with PyTorch: {line}', logger='current')

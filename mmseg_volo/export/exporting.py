@@ -15,7 +15,7 @@ from ..models.onnx import STEP, check_packages, open_onnx
 from ..models.windows import has_plain_head
 from ..utils.files import atomic_write, part_of
 from ..version import __version__
-from .checks import check_onnx, compare, judge, sample_pictures, sizes_to_check
+from .checks import check_onnx, compare, judge, sample_images, sizes_to_check
 from .formats import FORMATS, OPSET, open_pt2, trace, write_onnx, write_pt2
 from .network import ExportNetwork, exportable, swaps_channels
 from .tensorrt import TENSORRT
@@ -92,7 +92,7 @@ def export_model(
             write_pt2(program, about, part)
             del program
             run = open_pt2(part)[0]
-        images, source = sample_pictures(config, pictures)
+        images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
     print_log(f'{path}: {path.stat().st_size / 1e6:.1f} MB', logger='current')

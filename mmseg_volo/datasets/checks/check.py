@@ -1,7 +1,7 @@
-"""Whether a data set can be trained on and measured with: every file there, whole, and labelled as the config says.
+"""Check a data set: every file is there, intact, and labelled as the config says.
 
-Labels are read as mmseg's ``LoadAnnotations`` reads them. A data set that is read otherwise (transforms of one's own,
-files on a server, other keys) is checked as far as it is understood, and the log says what was left out.
+Labels are read as mmseg's ``LoadAnnotations`` reads them. A data set that is read in another way (own transforms, files
+on a server, other keys) is checked as far as possible, and the log says what was not checked.
 """
 
 import logging
@@ -25,21 +25,21 @@ from .labels import label_table
 from .listing import Finding, Source, find_sources, left_over_files, missing_files, present_files
 from .pair import PairResult, check_pair, faults_of_all, init_checker, shifted_labels
 
-_NAMED = 5  # findings that an error names
-_UNSEEN = 'the model cannot learn it: add pictures that show it, or leave the class out'
+_NAMED = 5  # number of findings that an error lists
+_UNSEEN = 'the model cannot learn it: add images that show it, or remove the class from the config'
 
 
 @dataclass
 class SplitReport:
-    """What was found in one split.
+    """Findings and counts of one split.
 
     Attributes:
-        classes: names, empty where the data set has none.
+        classes: class names, empty if the data set has none.
         files, labels: number of images, and of labels that were read.
-        pixels, images: (N,) int64, pixels of each class and images in which it occurs.
-        ignored: ignored pixels.
-        digests: hash of an image file's bytes, to its path.
-        left_out: why parts were not checked.
+        pixels, images: (N,) int64, number of pixels of each class, and of images in which it occurs.
+        ignored: number of ignored pixels.
+        digests: path of each image file by the hash of its bytes.
+        left_out: reasons why parts were not checked.
     """
 
     split: str
@@ -84,7 +84,7 @@ def build_checked(dataset_cfg: Mapping, check: Callable[[Mapping, Dataset], None
 
 
 def check_not_empty(dataset_cfg: Mapping, dataset: Dataset | None = None) -> None:
-    """Raise DataError where a data set has no files. The error names the folder and the suffix that was looked for.
+    """Raise DataError if a data set has no files. The message names the folder and the expected suffix.
 
     Args:
         dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included.
@@ -94,15 +94,15 @@ def check_not_empty(dataset_cfg: Mapping, dataset: Dataset | None = None) -> Non
 
 
 def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files: int = 32) -> None:
-    """Raise DataError where training on a data set, or validation, is bound to fail or to be silently wrong.
+    """Raise DataError if training or validation on a data set would fail or be silently wrong.
 
-    It checks that all files are there, and reads a spread sample of them. This takes a second or two.
+    Checks that all files are there and reads an evenly spaced sample of them. This takes a second or two.
 
     Args:
-        dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included. One with transforms, keys or a
-            file server that this check does not know passes, and the log says so.
+        dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included. A data set with unknown
+            transforms or keys, or on a file server, passes, and the log says so.
         dataset: what was built from it, if it was: its files are not listed again.
-        num_files: size of the sample.
+        num_files: number of pairs in the sample.
     """
     sources = find_sources(dataset_cfg, '', _log, built=dataset)
     for source in sources:
@@ -110,11 +110,11 @@ def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files:
         _raise(findings)
         count = min(len(source.pairs), max(1, num_files // len(sources)))
         sample = [source.pairs[i] for i in np.linspace(0, len(source.pairs) - 1, count).astype(int)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the interpreter
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
             results = list(pool.map(partial(check_pair, rules=source.rules), sample))
         _raise(chain.from_iterable(result.findings for result in results))
         rest = iter(set(source.pairs) - set(sample))
-        # A sample that looks wrong as a whole may be bad luck: look on until a file says otherwise.
+        # A sample that is wrong as a whole may be chance: read further files until one is right.
         while found := faults_of_all(source, results):
             if (pair := next(rest, None)) is None:
                 _raise(found)
@@ -142,7 +142,7 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
     """Check all files of a data set.
 
     Args:
-        split: its name in the report.
+        split: name of the data set in the report.
         dataset_cfg: its config, wrappers such as ``ConcatDataset`` included.
         workers: number of processes; by default one per CPU.
 
@@ -162,12 +162,12 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
         report.findings += source.findings + missing_files(source) + left_over_files(source) + single + whole
         for what, reader in (('images', source.rules.image), ('labels', source.rules.label)):
             if reader is None:
-                report.left_out.append(f'the content of {what}: a transform that is not known here reads them')
+                report.left_out.append(f'the content of {what}: an unknown transform reads them')
     return report
 
 
 def _run(source: Source, workers: int | None) -> list[PairResult]:
-    """Check the pairs that are there."""
+    """Check all pairs whose image is there."""
     present = present_files(path for pair in source.pairs for path in pair if path is not None)
     pairs = []
     for image, label in source.pairs:
@@ -187,7 +187,7 @@ def _run(source: Source, workers: int | None) -> list[PairResult]:
 
 
 def _count(report: SplitReport, source: Source, results: Sequence[PairResult]) -> None:
-    """Add the pixels of each class, and the images in which it occurs."""
+    """Add up the pixels of each class and the images in which it occurs."""
     if source.rules.classes is None:
         return
     table = label_table(source.rules.reduce_zero_label, source.rules.label_map)
@@ -205,11 +205,11 @@ def _count(report: SplitReport, source: Source, results: Sequence[PairResult]) -
 
 
 def check_config(config: Config, splits: Sequence[str] | None = None, workers: int | None = None) -> list[SplitReport]:
-    """Check the data sets of a config, each by itself and for pictures that two splits share.
+    """Check each data set of a config, and find images that two splits share.
 
     Args:
         config: one with ``train_dataloader``, ``val_dataloader`` or ``test_dataloader``.
-        splits: of 'train', 'val', 'test'; by default those that the config has, test only where it is not val.
+        splits: some of 'train', 'val', 'test'; by default those in the config, without test if it is the same as val.
         workers: number of processes; by default one per CPU.
 
     Raises:
@@ -239,16 +239,14 @@ def check_config(config: Config, splits: Sequence[str] | None = None, workers: i
 
 
 def _same(cfg: Mapping, other: Mapping | None) -> bool:
-    """Whether two data sets hold the same files: how they are read does not matter."""
+    """Whether two data sets hold the same files, no matter how they are read."""
     return other is not None and {**cfg, 'pipeline': None} == {**other, 'pipeline': None}
 
 
 def _shared(report: SplitReport, other: SplitReport) -> list[Finding]:
     remedy = f'remove it from {report.split} or from {other.split}'
     return [
-        Finding(
-            report.split, 'duplicate', path, f'the same picture is in {other.split}: {other.digests[digest]}', remedy
-        )
+        Finding(report.split, 'duplicate', path, f'the same image is in {other.split}: {other.digests[digest]}', remedy)
         for digest, path in report.digests.items()
         if digest in other.digests
     ]

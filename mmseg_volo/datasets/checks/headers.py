@@ -1,4 +1,4 @@
-"""What an image file's bytes say without being decoded: whether the file is whole, its size, how it is turned."""
+"""Read headers of image files without decoding: is the file complete, its size, its EXIF orientation."""
 
 import zlib
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _CUT_OFF = 'it is cut off'
 
 
 class Header(NamedTuple):
-    """Format ('png', 'jpeg' or 'other'), (height, width) as stored or None where unknown, and the EXIF orientation."""
+    """Format ('png', 'jpeg' or 'other'), stored (height, width) or None if unknown, and the EXIF orientation."""
 
     format: str
     shape: tuple[int, int] | None = None
@@ -21,10 +21,10 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Read an image file's header and look whether the file reaches its end.
+    """Read an image file's header and check that the file is complete.
 
-    PNG: every critical chunk is there with its checksum. JPEG: the end marker is there. Other formats are only told
-    apart from nothing at all; they have to be decoded to be known.
+    PNG: every critical chunk is there with its checksum. JPEG: the end marker is there. Of other formats only an empty
+    file is found; they must be decoded to be checked.
 
     Raises:
         ValueError: the file is empty, cut off or damaged; the message is a clause that says which.
@@ -69,7 +69,7 @@ def _jpeg(data: bytes) -> Header:
         elif marker in _JPEG_BARE:
             at += 2
         elif marker == 0xD9:
-            raise ValueError('it is damaged (it ends before the picture begins)')
+            raise ValueError('it is damaged (it ends before the image data begins)')
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
             segment = data[at + 4 : end]
@@ -82,7 +82,7 @@ def _jpeg(data: bytes) -> Header:
             at = end
     if shape is None or 0 in shape:
         raise ValueError('it is damaged (its header gives no size)')
-    # In a scan's data a byte 0xFF is always followed by 0 or a restart marker, so this is no chance match.
+    # In a scan's data a byte 0xFF is always followed by 0 or a restart marker, so this cannot match by chance.
     if data.find(b'\xff\xd9', at) < 0:
         raise ValueError(_CUT_OFF)
     return Header('jpeg', shape, orientation)
@@ -93,5 +93,5 @@ def _orientation(exif: bytes) -> int:
         tags = Image.Exif()
         tags.load(exif)
         return int(tags.get(_ORIENTATION, 1))
-    except Exception:  # PIL raises nearly anything on broken tags, and decoders then do not turn the picture
+    except Exception:  # PIL raises nearly anything on broken tags, and decoders then ignore the orientation
         return 1

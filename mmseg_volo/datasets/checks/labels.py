@@ -1,4 +1,4 @@
-"""What a label file holds, and what mmseg makes of its values."""
+"""Decode label files, and map their values to class ids as mmseg does."""
 
 from collections.abc import Iterable, Mapping
 
@@ -12,7 +12,7 @@ _CITYSCAPES_IDS = 33
 
 
 class LabelError(ValueError):
-    """Bytes that are no label: the kind of fault, what is wrong and what to do, as clauses of a sentence."""
+    """Bytes that are no valid label: the kind of fault, the problem and the remedy, as clauses of a sentence."""
 
     def __init__(self, kind: str, problem: str, remedy: str):
         super().__init__(f'{problem}; {remedy}')
@@ -23,8 +23,8 @@ def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') 
     """The values (H, W), uint8, of a label file, decoded as mmseg's ``LoadAnnotations`` does.
 
     Raises:
-        LabelError: the file is cut off or damaged, a JPEG, no map of one value per pixel, or its values need more than
-            8 bits, of which mmseg would keep the lowest.
+        LabelError: the file is cut off, damaged or a JPEG, has several channels, or has values above 255, of which
+            mmseg would keep the lowest 8 bits.
     """
     try:
         header = read_header(data)
@@ -34,9 +34,7 @@ def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') 
         reason = error if told else 'it is damaged or no image'
         raise LabelError('unreadable label', f'the label cannot be read ({reason})', 'restore it') from error
     if header.format == 'jpeg':
-        raise LabelError(
-            'lossy label', 'the label is a JPEG, which changes class ids', 'make it again as PNG from the source'
-        )
+        raise LabelError('lossy label', 'the label is a JPEG, which changes class ids', 'create it again as a PNG')
     if label is None:
         raise LabelError('unreadable label', 'the label cannot be read (it is damaged or no image)', 'restore it')
     if label.ndim != 2 and label.shape[2] > 1:
@@ -45,7 +43,7 @@ def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') 
             problem, remedy = f'the label has {label.shape[2]} channels', 'they are equal: save one of them as PNG'
         else:
             problem = f'the label has {label.shape[2]} channels, colours instead of class ids'
-            remedy = 'translate the colours to class ids and save those as a grey-scale or palette PNG'
+            remedy = 'map the colours to class ids and save those as a grey-scale or palette PNG'
         raise LabelError('channels of a label', problem, remedy)
     ids = label.reshape(label.shape[:2]).astype(np.uint8)
     if label.dtype not in (np.uint8, bool) and (label.reshape(ids.shape) != ids).any():
@@ -58,7 +56,7 @@ def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') 
 
 
 def label_table(reduce_zero_label: bool, label_map: Mapping[int, int] | None) -> np.ndarray:
-    """The class id (256,), uint8, that mmseg's ``LoadAnnotations`` makes of each value of a label file."""
+    """The class id (256,), uint8, to which mmseg's ``LoadAnnotations`` maps each value of a label file."""
     table = np.arange(256, dtype=np.uint8)
     if reduce_zero_label:
         table -= 1  # 0 becomes 255
@@ -70,7 +68,7 @@ def label_table(reduce_zero_label: bool, label_map: Mapping[int, int] | None) ->
 
 
 def likely_cause(values: Iterable[int], classes: int, reduce_zero_label: bool) -> str:
-    """What to look for, and do, where labels hold ``values`` that are none of the ``classes``."""
+    """Likely cause and remedy if labels hold ``values`` outside the ``classes``."""
     values = set(values)
     if classes == 19 and max(values) <= _CITYSCAPES_IDS:
         return (

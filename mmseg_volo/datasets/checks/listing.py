@@ -1,4 +1,4 @@
-"""From a data set's config to its files: which there are, which are missing, how they are read."""
+"""List the files of a data set from its config: the pairs, missing files, and how they are read."""
 
 import os
 from collections import Counter
@@ -10,14 +10,12 @@ from pathlib import Path
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
-from ..street_scenes import StreetSceneDataset
-
 Pair = tuple[str, str | None]  # an image and its label
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong, or with ``fault=False`` may be, with the file or folder ``path``."""
+    """One fault, or with ``fault=False`` one suspicion, about the file or folder ``path``."""
 
     split: str
     kind: str
@@ -32,10 +30,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a data set's files are read: by which decoders, and what its labels then mean.
+    """How a data set's files are decoded, and what the values of its labels mean.
 
-    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``; None where the pipeline reads them in another
-    way than by ``LoadImageFromFile`` and ``LoadAnnotations``, which leaves their content unchecked.
+    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``. They are None if the pipeline does not read
+    with ``LoadImageFromFile`` and ``LoadAnnotations``; the content is then not checked.
     """
 
     split: str
@@ -49,7 +47,7 @@ class Rules:
 
 @dataclass
 class Source:
-    """One data set below all wrappers: its (image, label or None) pairs and the folders they come from."""
+    """One data set inside all wrappers: its (image, label or None) pairs and their folders."""
 
     rules: Rules
     names: tuple[str, ...] = ()
@@ -58,23 +56,23 @@ class Source:
     label_dir: str = ''
     image_suffix: str = ''
     label_suffix: str = ''
-    listed: bool = False  # by a file or indices: files beyond the list are no mistake
+    listed: bool = False  # by a file or indices: other files in the folder are no fault
     findings: list[Finding] = field(default_factory=list)
 
 
 class LeftOut(Exception):
-    """A data set of a kind that is not understood."""
+    """A data set that cannot be checked; the message says why."""
 
 
 def find_sources(
     cfg: Mapping, split: str, left_out: Callable[[str], None], draw: bool = False, built: Dataset | None = None
 ) -> list[Source]:
-    """The data sets below all wrappers.
+    """The data sets inside all wrappers.
 
     Args:
         cfg: config of a data set.
         split: its name in findings.
-        left_out: called with the reason for each data set that is not understood.
+        left_out: called with the reason for each data set that cannot be checked.
         draw: draw the scenes of a ``StreetSceneDataset`` where they are missing.
         built: what was built from ``cfg``, if it was. Its files are not listed again.
     """
@@ -93,12 +91,12 @@ def find_sources(
 
 
 def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source:
-    """List a data set's files; where they cannot be listed for want of a folder, that is its only finding."""
+    """List a data set's files; if a folder is missing, that is the only finding."""
     kind = cfg.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not isinstance(kind, type):
         raise LeftOut('it is not registered')
-    if issubclass(kind, StreetSceneDataset) and not draw:
+    if getattr(kind, 'draws_itself', False) and not draw:
         raise LeftOut('it draws and checks its files itself')
     steps = list(_steps(cfg.get('pipeline') or []))
     folders = [os.path.join(cfg.get('data_root') or '', folder) for folder in _prefixes(cfg)]
@@ -131,7 +129,7 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
             listing = os.path.join(cfg.get('data_root') or '', listing)
             needed += [] if os.path.exists(listing) else [listing]
         if not needed or not isinstance(error, OSError | AssertionError):
-            # The runner builds the data set in its own way, and says what is really wrong.
+            # The runner will build the data set too, and report the real error.
             raise LeftOut(f'its files cannot be listed ({error!r})') from error
         remedy = 'correct data_root, data_prefix and ann_file in the config, or put the data there'
         found = [Finding(split, 'empty', path, 'there is no such file or folder', remedy) for path in needed]
@@ -203,7 +201,7 @@ def _holdings(folder: str) -> str:
 
 
 def missing_files(source: Source) -> list[Finding]:
-    """Images and labels that are not there; one finding for all labels where none is there."""
+    """Images and labels that are missing; one finding for all labels if all are missing."""
     split, labels = source.rules.split, [label for _, label in source.pairs if label is not None]
     paths = [path for pair in source.pairs for path in pair if path is not None]
     absent = set(paths) - present_files(paths)
@@ -216,7 +214,7 @@ def missing_files(source: Source) -> list[Finding]:
     elif absent.issuperset(labels):
         folder = source.label_dir or str(Path(labels[0]).parent)
         held = f'it holds {_holdings(folder)}' if os.path.isdir(folder) else 'no such folder'
-        problem = f'none of the {len(labels)} labels is there ({held}; the first looked for is {labels[0]})'
+        problem = f'none of the {len(labels)} labels is there ({held}; the first one expected is {labels[0]})'
         remedy = 'correct seg_map_suffix and data_prefix in the config'
         unlabelled = [Finding(split, 'missing label', folder, problem, remedy)]
     else:
@@ -240,7 +238,7 @@ def _absence(path: str, what: str) -> str:
 
 
 def present_files(paths: Iterable[str]) -> set[str]:
-    """Those paths that are files; one listing for each folder, since asking for each file is slow on network disks."""
+    """Those paths that are files. Lists each folder once, because single queries are slow on network disks."""
     found = set()
     for folder in {os.path.dirname(path) for path in paths}:
         try:
@@ -252,7 +250,7 @@ def present_files(paths: Iterable[str]) -> set[str]:
 
 
 def left_over_files(source: Source) -> list[Finding]:
-    """Labels without image, and names of images that are no files, which mmseg passes over."""
+    """Labels without an image, and folders or broken links named like images, which mmseg skips."""
     if source.listed or not source.image_suffix:
         return []
     split, known = source.rules.split, {os.path.normpath(path) for pair in source.pairs for path in pair if path}

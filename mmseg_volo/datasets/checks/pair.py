@@ -1,4 +1,4 @@
-"""What is in an image and its label: whether both are whole, fit each other, and mean what the config says."""
+"""Check an image and its label: both intact, of one size, and with the values that the config says."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,14 @@ from .headers import read_header
 from .labels import LabelError, decode_label, label_table, likely_cause
 from .listing import Finding, Pair, Rules, Source
 
-_NAMED = 5  # values that a finding names
+_NAMED = 5  # number of values that a finding lists
 _UNTURNED = ('color_ignore_orientation', 'grayscale_ignore_orientation', 'unchanged')
-_messages = None  # in a worker: the file that stands in for stderr
+_messages = None  # in a worker: the file that replaces stderr
 
 
 @dataclass
 class PairResult:
-    """What one pair of files holds: raw label values (256,) int64, None where unread; hash of the image's bytes."""
+    """Findings; pixels (256,) int64 of each raw label value, None if not read; hash of the image's bytes."""
 
     pair: Pair
     findings: list[Finding] = field(default_factory=list)
@@ -33,7 +33,7 @@ class PairResult:
 
 
 def check_pair(pair: Pair, rules: Rules) -> PairResult:
-    """Check an image and, where there is one and it is known how it is read, its label; nothing is raised."""
+    """Check an image, and its label if there is one and the rules say how it is read. Raises nothing."""
     result, (image, label) = PairResult(pair), pair
 
     def add(kind: str, path: str, problem: str, remedy: str, fault: bool = True) -> None:
@@ -46,8 +46,8 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
         if rules.image:
             shape, orientation, complaint = _read_image(data, *rules.image)
             if complaint:
-                problem = f'the decoder takes the image for damaged ({complaint})'
-                add('damaged image', image, problem, 'look at it, and replace it if it is spoilt', fault=False)
+                problem = f'the decoder reports damage ({complaint})'
+                add('damaged image', image, problem, 'view it, and replace it if it is damaged', fault=False)
     except (OSError, ValueError) as error:
         add('unreadable image', image, f'the image cannot be read ({_reason(error)})', 'restore it, or remove the pair')
     if label is None or rules.label is None:
@@ -64,11 +64,11 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
     result.values = _histogram(ids)
     if shape is not None and shape != ids.shape:
         sizes = f'the label is {_size(ids.shape)} pixels, its image {image} {_size(shape)}'
-        turned = ' once its EXIF orientation has turned it' if orientation != 1 else ''
+        turned = ' once its EXIF orientation has rotated it' if orientation != 1 else ''
         add('size', label, sizes + turned, 'make both the same size')
     elif orientation != 1:
-        problem = f'its EXIF orientation ({orientation}) turns the image, but not its label {label}'
-        add('turned image', image, problem, 'store the picture turned, if they do not fit', fault=False)
+        problem = f'its EXIF orientation ({orientation}) rotates the image, but not its label {label}'
+        add('turned image', image, problem, 'rotate the stored image if the two do not fit', fault=False)
     table = label_table(rules.reduce_zero_label, rules.label_map)
     known = table == rules.ignore_index
     if rules.classes is not None:
@@ -82,7 +82,7 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
                 problem += f' ({first} to {rules.classes - 1 + first} in the file, {rules.ignore_index} is ignored)'
             add('label value', label, problem, likely_cause(table[wrong].tolist(), rules.classes, bool(first)))
     if not (result.values * ~known).any():
-        remedy = 'remove the pair if that is no intent'
+        remedy = 'remove the pair if this is not intended'
         add('no labelled pixel', label, 'every pixel of the label is ignored', remedy, fault=False)
     return result
 
@@ -96,9 +96,9 @@ def _reason(error: Exception) -> str:
 
 
 def _read_image(data: bytes, flag: str, backend: str) -> tuple[tuple[int, int] | None, int, str]:
-    """Size as the loader will give it, EXIF orientation (1 where it turns nothing) and the decoder's complaint.
+    """The loaded size (height, width), None if unknown; the EXIF orientation that applies; the decoder's warning.
 
-    A PNG is known by its checksums. A JPEG has none: it is decoded to an eighth of its size, for the complaints.
+    A PNG is checked by its checksums. A JPEG has none, so it is decoded at an eighth of its size for the warnings.
 
     Raises:
         ValueError: the image is cut off, damaged or of no known format.
@@ -126,7 +126,7 @@ def _decoded(decode: Callable, *args, **kwargs) -> np.ndarray:
 
 
 def init_checker() -> None:
-    """Start a worker. libjpeg tells of damaged data on stderr only, so that becomes a file for :func:`_complaints`."""
+    """Start a worker. libjpeg reports damage on stderr only, so a file replaces stderr for :func:`_complaints`."""
     global _messages
     _init_worker()
     cv2.setNumThreads(0)
@@ -136,7 +136,7 @@ def init_checker() -> None:
 
 @contextlib.contextmanager
 def _complaints() -> Iterator[list[str]]:
-    """The lines that a decoder prints meanwhile, there at the end; in a worker only."""
+    """Collect the lines that a decoder prints within the context; in a worker only."""
     lines: list[str] = []
     before = os.lseek(2, 0, os.SEEK_END) if _messages else 0
     yield lines
@@ -154,7 +154,7 @@ def _histogram(ids: np.ndarray) -> np.ndarray:
 
 
 def faults_of_all(source: Source, results: Sequence[PairResult]) -> list[Finding]:
-    """Faults that one file does not show: every label ignored, or nothing but 0 and 255."""
+    """Faults of all labels together: every pixel ignored, or no values but 0 and 255."""
     read = [result for result in results if result.values is not None]
     rules, values = source.rules, sum(result.values for result in read)
     if not read:
@@ -172,7 +172,7 @@ def faults_of_all(source: Source, results: Sequence[PairResult]) -> list[Finding
 
 
 def shifted_labels(source: Source, results: Sequence[PairResult]) -> list[Finding]:
-    """A fault where all classes but the last occur beside zeros that ``reduce_zero_label`` takes for unlabelled."""
+    """A fault if ``reduce_zero_label`` ignores zeros although all values but the last class occur."""
     rules, values = source.rules, sum(result.values for result in results if result.values is not None)
     if not rules.reduce_zero_label or rules.classes is None or rules.label_map or isinstance(values, int):
         return []

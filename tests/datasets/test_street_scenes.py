@@ -1,4 +1,4 @@
-"""Tests of the drawn street scenes: the pictures, the folder, and how MMSegmentation reads it."""
+"""The drawn street scenes: images, folder, and how MMSegmentation reads them."""
 
 import json
 

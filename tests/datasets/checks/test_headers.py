@@ -1,0 +1,23 @@
+"""Headers of image files, against what OpenCV writes."""
+
+import cv2
+import pytest
+from faulty_data import random_image
+
+from mmseg_volo.datasets.checks.headers import Header, read_header
+
+
+def test_headers():
+    image = random_image(0)
+    assert read_header(cv2.imencode('.png', image)[1].tobytes()) == Header('png', image.shape[:2])
+    content = cv2.imencode('.jpg', image)[1].tobytes()
+    assert read_header(content) == Header('jpeg', image.shape[:2])
+    assert read_header(content + b'a phone appends a film') == Header('jpeg', image.shape[:2])
+    assert read_header(cv2.imencode('.bmp', image)[1].tobytes()) == Header('other')
+    progressive = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    assert read_header(progressive).shape == image.shape[:2]
+    for end in range(2, len(content)):
+        with pytest.raises(ValueError, match='it is cut off'):
+            read_header(content[:end])
+    with pytest.raises(ValueError, match='it is empty'):
+        read_header(b'')
