@@ -9,12 +9,9 @@ import contextlib
 import fnmatch
 import functools
 import io
-import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -28,7 +25,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import DataError
-from .labels import LabelError, decode_label
+from ..utils.processes import init_worker
+from .checks.labels import LabelError, decode_label
 
 # Number of images of each split in the official releases.
 CITYSCAPES = {'train': 2975, 'val': 500, 'test': 1525}
@@ -246,7 +244,7 @@ def _run(jobs: list[Job], workers: int | None) -> None:
         if workers == 1:
             results = map(_do, pending)
         else:
-            pool = ProcessPoolExecutor(workers, initializer=_init_worker)
+            pool = ProcessPoolExecutor(workers, initializer=init_worker)
             stack.callback(pool.shutdown, cancel_futures=True)
             results = pool.map(_do, pending, chunksize=4)
         try:
@@ -254,18 +252,6 @@ def _run(jobs: list[Job], workers: int | None) -> None:
                 pass
         except BrokenProcessPool as exc:
             raise DataError('a worker process was killed (out of memory?); run again with --workers 1') from exc
-
-
-def _init_worker() -> None:
-    # Ctrl-C is for the parent, which then ends the pool.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-
-
-def _exit_with_parent() -> None:
-    # A killed parent cannot end its pool, and the workers would wait for work for ever.
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def _do(job: Job) -> None:

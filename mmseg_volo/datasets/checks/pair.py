@@ -12,7 +12,7 @@ import cv2
 import mmcv
 import numpy as np
 
-from ..prepare import _init_worker
+from ...utils.processes import init_worker
 from .headers import read_header
 from .labels import LabelError, decode_label, label_table, likely_cause
 from .listing import Finding, Pair, Rules, Source
@@ -128,7 +128,7 @@ def _decoded(decode: Callable, *args, **kwargs) -> np.ndarray:
 def init_checker() -> None:
     """Start a worker. libjpeg reports damage on stderr only, so a file replaces stderr for :func:`_complaints`."""
     global _messages
-    _init_worker()
+    init_worker()
     cv2.setNumThreads(0)
     _messages = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the worker lives)
     os.dup2(_messages.fileno(), 2)
