@@ -4,9 +4,6 @@ Everything of a validation runs but the network: images of random blocks, logits
 class ids, the metric and the files. Both sides take turns in one process and must give the same figures.
 """
 
-import csv
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +17,11 @@ from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from prettytable import PrettyTable
 from torch import Tensor
-from torch.utils.benchmark import timer as synchronised_clock
 from torch.utils.data import DataLoader, Dataset
+
+from .tables import Spread, Table, print_table, spread, time, times_faster
+from .timing import seconds_of, take_turns
 
 SIDES = {  # the evaluator and the hooks of each side
     'IoUMetric': (dict(type='IoUMetric'), []),
@@ -108,30 +106,22 @@ def _runner(side: str, data: _Blocks, device: str, folder: str) -> Runner:
         custom_hooks=hooks,
         default_scope='mmseg',
         log_level='ERROR',
-        experiment_name=side,
+        experiment_name=f'{side} {Path(folder).name}',  # mmengine keeps a visualizer for each name
     )
     runner.model.to(device)
     return runner
 
 
-def _take_turns(calls: dict[str, Callable[[], object]], rounds: int, per_call: int, what: str) -> dict:
-    """A row: seconds per image of each side, median and range of the rounds, and the ratio within each round."""
+def _row(calls: dict[str, Callable[[], object]], rounds: int, per_call: int, what: str) -> dict:
+    """Seconds per image of each side, and the ratio within each round."""
     for call in calls.values():
         call()  # warms up
-    seconds: dict[str, list[float]] = {side: [] for side in calls}
-    for i in range(rounds):
-        for side in list(calls)[:: 1 if i % 2 == 0 else -1]:
-            start = synchronised_clock()
-            calls[side]()
-            seconds[side].append((synchronised_clock() - start) / per_call)
-        print(f'{what}: round {i + 1} of {rounds}', file=sys.stderr, flush=True)
-    first, second = seconds.values()
-    values = {f'{side}_s': found for side, found in seconds.items()}
-    values['ratio'] = [b / a for a, b in zip(first, second, strict=True)]
+    timers = {side: lambda call=call: seconds_of(call) / per_call for side, call in calls.items()}
+    seconds = {side: measured.times for side, measured in take_turns(timers, rounds, what).items()}
     row = dict(what=what)
-    for name, found in values.items():
-        row.update({name: statistics.median(found), f'{name}_min': min(found), f'{name}_max': max(found)})
-    return row
+    for side, times in seconds.items():
+        row.update(Spread.of(times).columns(f'{side}_s'))
+    return row | times_faster(seconds, 'IoUMetric', 'record').columns('ratio')
 
 
 def measure_validation(
@@ -162,22 +152,13 @@ def measure_validation(
             if abs(figures['record'][name] - value) > 0.011:  # both round to two digits, mmseg from float32
                 raise RuntimeError(f'{name} is {value} by IoUMetric and {figures["record"][name]} by the other metric')
         calls = {side: runner.val_loop.run for side, runner in runners.items()}
-        rows = [_take_turns(calls, rounds, _IMAGES, 'validation without the network')]
-        rows.append(_take_turns(_metric_calls(runners['record'], data), rounds, 1, 'metric alone'))
-    about = dict(size=f'{size[0]}x{size[1]}', classes=classes, rounds=rounds, **environment)
-    rows = [{**row, **about} for row in reversed(rows)]
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / 'validation.csv').open('w', newline='', encoding='utf-8') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f'{size[0]} x {size[1]}, {classes} classes: ms per image, median (least–greatest) of {rounds} rounds')
-    table = PrettyTable(['', 'IoUMetric', 'with record and loss', 'ratio'], align='r')
-    for row in rows:
-        table.add_row(
-            [row['what'], _cell(row, 'IoUMetric_s', 1000), _cell(row, 'record_s', 1000), _cell(row, 'ratio', 1, 2)]
-        )
-    print(table.get_string())
+        whole = _row(calls, rounds, _IMAGES, 'validation without the network')
+        alone = _row(_metric_calls(runners['record'], data), rounds, 1, 'metric alone')
+    about = dict(size=f'{size[0]}x{size[1]}', classes=classes, rounds=rounds)
+    rows = Table(out / 'validation.csv', environment).add([alone | about, whole | about])
+    print(f'{size[0]} x {size[1]}, {classes} classes: time per image, median (least–greatest) of {rounds} rounds')
+    shown = {'IoUMetric': time('IoUMetric_s'), 'with record and loss': time('record_s'), 'ratio': spread('ratio')}
+    print_table({'': lambda row: row['what'], **shown}, rows)
 
 
 def _metric_calls(runner: Runner, data: _Blocks) -> dict[str, Callable[[], object]]:
@@ -199,8 +180,3 @@ def _metric_calls(runner: Runner, data: _Blocks) -> dict[str, Callable[[], objec
 
         calls[side] = call
     return calls
-
-
-def _cell(row: dict, name: str, factor: float, digits: int = 0) -> str:
-    middle, low, high = (f'{row[name + end] * factor:.{digits}f}' for end in ('', '_min', '_max'))
-    return f'{middle} ({low}–{high})'
