@@ -12,6 +12,7 @@ from mmengine.registry import DefaultScope, init_default_scope
 import mmseg_volo  # noqa: F401  (registers what the configs name)
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = 'test_tools', 'test_resume', 'test_export', 'test_entries', 'test_volo', 'test_segmentors', 'test_record_hook'
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption('numprocesses', None):
         os.environ.setdefault('OMP_NUM_THREADS', '1')
         os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that at the end no process is left alone with one of them."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
