@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from mmengine.registry import init_default_scope
 
+from ..utils.files import atomic_write
 from .machine import describe, environment, on_gpu, process_context, title, use
 from .tables import markdown_row
 from .timing import progress
@@ -276,7 +277,5 @@ class _Suite:
         for result in self._results:
             if result.text:
                 lines += ['', f'### {result.part.title}', '', result.text.strip()]
-        path = self.plan.out / 'suite.md'
-        part = path.with_suffix('.part')
-        part.write_text('\n'.join(lines) + '\n', encoding='utf-8')
-        part.replace(path)
+        with atomic_write(self.plan.out / 'suite.md') as part:
+            part.write_text('\n'.join(lines) + '\n', encoding='utf-8')

@@ -1,12 +1,12 @@
 """The record of an evaluation as files: one JSON file, and PNGs of the images with the lowest and the highest mIoU."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from ..utils.files import atomic_write
 from .metric import BINS
 
 FOLDER = 'evaluation'  # within the folder of a run's timestamp
@@ -49,7 +49,7 @@ def write_record(folder: Path, name: str, record: dict, images: Sequence[dict], 
     Raises:
         OSError: nothing is left behind then.
     """
-    below, part = folder / 'pictures' / name, folder / f'.{name}.json.part'
+    below = folder / 'pictures' / name
     try:
         if below.exists():
             shutil.rmtree(below)
@@ -59,12 +59,10 @@ def write_record(folder: Path, name: str, record: dict, images: Sequence[dict], 
                 path = below / f'{i:06d}_{what}.png'
                 path.write_bytes(png)
                 record['pictures'][i][what] = path.relative_to(folder).as_posix()
-        part.write_text(json.dumps(record, allow_nan=False), encoding='utf-8')
-        os.replace(part, folder / f'{name}.json')
+        with atomic_write(folder / f'{name}.json') as part:
+            part.write_text(json.dumps(record, allow_nan=False), encoding='utf-8')
     except OSError:
         shutil.rmtree(below, ignore_errors=True)
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
         raise
     if record['kind'] == 'val':
         _drop_pngs(folder, name)
