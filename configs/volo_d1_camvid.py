@@ -1,7 +1,7 @@
-"""VOLO-D1 + UperNet on CamVid-11, the example for data of your own: crop 352 x 480, batch 16, one GPU, 8k iterations.
+"""VOLO-D1 + UperNet on CamVid-11, crop 352 x 480, batch 16 (1 GPU), 8k iterations. Not trained yet.
 
 python tools/train.py configs/volo_d1_camvid.py
-To use your own data set, copy this file and _base_/datasets/camvid.py, then change the classes, paths and sizes.
+To use your own data set, copy this file and _base_/datasets/camvid.py, then change classes, paths and sizes.
 """
 
 _base_ = [

@@ -1,4 +1,4 @@
-"""volo_d1_camvid.py from scratch, small enough for a laptop's CPU: half-size pictures, 9 minutes on 2 cores.
+"""volo_d1_camvid.py from scratch on a laptop's CPU: images at half size, 9 minutes on 2 cores.
 
 python tools/train.py configs/volo_d1_camvid_laptop.py --amp
 """
@@ -12,7 +12,7 @@ model = dict(
     decode_head=dict(
         channels=128,
         norm_cfg=norm_cfg,
-        # Rare classes count more, by the fourth root of how rare they are among the training pixels.
+        # Weights grow with the fourth root of the inverse share of a class in the training pixels.
         loss_decode=dict(class_weight=[0.95, 0.88, 1.9, 0.81, 1.3, 1.1, 1.9, 1.9, 1.2, 2.2, 2.7]),
     ),
     auxiliary_head=None,

@@ -13,11 +13,11 @@ model = dict(
     data_preprocessor=dict(size={{_base_.crop_size}}),
     backbone=dict(
         img_size={{_base_.crop_size}},
-        # The largest resolution released for D1 suits the crop best.
+        # D1 weights of the largest released resolution, which is closest to the crop.
         init_cfg=dict(type='Pretrained', checkpoint='timm://volo_d1_384.sail_in1k'),
     ),
     decode_head=dict(num_classes=19),
     auxiliary_head=dict(num_classes=19),
-    # Windows as in training; the paper gives no stride, 768 is SegFormer's at this crop.
+    # Windows have the size of the crop. The paper gives no stride; 768 is SegFormer's at this crop.
     test_cfg=dict(mode='slide', crop_size={{_base_.crop_size}}, stride=(768, 768)),
 )

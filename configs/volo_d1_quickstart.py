@@ -1,7 +1,8 @@
-"""VOLO-D1 + UperNet on street scenes that the package draws, from random weights, in minutes on two CPU cores.
+"""VOLO-D1 + UperNet on drawn street scenes, from scratch, in minutes on two CPU cores.
 
 python tools/quickstart.py
-The data set has Cityscapes' classes, labels and folders; it shows that training works, not how good VOLO is.
+The package draws the scenes, with Cityscapes' classes, labels and folders. They show that training works, not how good
+VOLO is.
 """
 
 _base_ = [
@@ -16,7 +17,7 @@ norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     backbone=dict(img_size=crop_size, drop_path_rate=0.0, norm_cfg=norm_cfg),
-    # From random weights in minutes, a narrow head learns faster than a wide one, and needs no auxiliary loss.
+    # From random weights, a narrow head learns faster in the first minutes, without an auxiliary loss.
     decode_head=dict(channels=96, norm_cfg=norm_cfg, dropout_ratio=0.0),
     auxiliary_head=None,
 )

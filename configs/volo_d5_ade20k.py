@@ -1,7 +1,7 @@
 """VOLO-D5 + UperNet on ADE20K, crop 512 x 512, batch 16 (8 GPUs), 160k iterations. Not trained yet.
 
 tools/dist_train.sh configs/volo_d5_ade20k.py 8
-Sharded: add --cfg-options model_wrapper_cfg.type=VOLOFullyShardedDataParallel
+To shard the model over the GPUs, add --cfg-options model_wrapper_cfg.type=VOLOFullyShardedDataParallel
 """
 
 _base_ = './volo_d1_ade20k.py'

@@ -1,7 +1,7 @@
 """VOLO-D5 + UperNet on Cityscapes, crop 1024 x 1024, batch 8 (8 GPUs), 160k iterations. Not trained yet.
 
 tools/dist_train.sh configs/volo_d5_cityscapes.py 8
-Sharded: add --cfg-options model_wrapper_cfg.type=VOLOFullyShardedDataParallel
+To shard the model over the GPUs, add --cfg-options model_wrapper_cfg.type=VOLOFullyShardedDataParallel
 """
 
 _base_ = './volo_d1_cityscapes.py'

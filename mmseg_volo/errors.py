@@ -1,44 +1,44 @@
-"""The errors that a user can put right: the tools print them as one line and end with status 1."""
+"""Errors that a user can fix: tools print them as one line and exit with status 1."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be used; the message names the file, what was expected and what was found."""
+    """A checkpoint cannot be used; the message names the file, what was expected and what was found."""
 
 
 class ConfigError(ValueError):
-    """A config, an option and the machine that do not go together."""
+    """The config, the options and the machine do not fit each other."""
 
 
 class DataError(Exception):
-    """Data that cannot be trained on or measured with; the message names the file and the remedy."""
+    """Data cannot be used for training or evaluation; the message names the file and the fix."""
 
     def __init__(self, message: str):
-        # A DataLoader worker's error arrives wrapped in the text of its traceback.
+        # A DataLoader raises a worker's error again with the traceback as its message.
         if message.startswith('Caught DataError in'):
             message = message.rsplit('DataError: ', 1)[-1].rstrip()
         super().__init__(message)
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the message names the file, the reason and what is left intact."""
+    """A checkpoint could not be written; the message names the file, the reason and the files left intact."""
 
 
 class ExportError(RuntimeError):
-    """An exported file is not valid, or gives other results than the model; it was not kept."""
+    """An exported file is invalid or differs from the model; it was deleted."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or the gradient is not finite, and does not become so again."""
+    """The loss or the gradient is not finite and has not recovered."""
 
 
 class TrainingStopped(RuntimeError):
-    """Training ended early because it was told to; everything is saved."""
+    """Training was stopped early by request; its state is saved."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h: run it again, with --resume
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: run again with --resume
 
 
 class ProcessLost(RuntimeError):
-    """Another process that this one needs has ended: a data loader's worker, or one of a distributed run."""
+    """Another process that this one needs has died: a data loader worker or a rank."""
 
 
 USER_ERRORS = (
@@ -49,7 +49,7 @@ USER_ERRORS = (
     ExportError,
     TrainingDiverged,
     ProcessLost,
-    OSError,  # the system's own words name the file and the reason
+    OSError,  # the system's message names the file and the reason
 )
-# Names a file that a process which was stopped by a signal leaves for who launched it.
+# Environment variable with the path of a file that a process writes for its launcher when a signal stops it.
 STOPPED_NOTE = 'MMSEG_VOLO_STOPPED_NOTE'

@@ -1,4 +1,4 @@
-"""Run the command-line tools as users do; a config small enough for tests, on drawn scenes."""
+"""Run the command-line tools as users do, and a small config on drawn scenes."""
 
 import multiprocessing
 import os
@@ -36,7 +36,7 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, save_b
 
 
 def run(*command: str, fails: bool = False, limit: float = 300, **env: str) -> str:
-    """Run a tool; its output, after checking that it ended as expected."""
+    """Run a command, check that it succeeds or fails as expected, and return its output."""
     paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
     bin_dir = Path(sys.executable).parent  # torchrun and python of this environment
     path = f'{bin_dir}{os.pathsep}{os.environ["PATH"]}'
@@ -55,10 +55,10 @@ def run(*command: str, fails: bool = False, limit: float = 300, **env: str) -> s
 
 
 def tool(name: str, *arguments, fails: bool = False, limit: float = 300, **env: str) -> str:
-    """Run a Python tool in a process of its own that need not import the packages again; its output.
+    """Run a Python tool in a forked process, which need not import the packages again, and return its output.
 
-    multiprocessing's fork server imports them once. It never computes, so its children start as a fresh Python would.
-    Tests of signals, and those with variables that Python or OpenMP read at their start, use :func:`run`.
+    multiprocessing's fork server imports them once. It never computes, so its children start as a fresh Python does.
+    Tests of signals, and tests with environment variables that Python or OpenMP read at their start, need :func:`run`.
     """
     if env:
         return run(sys.executable, '-W', 'ignore', ROOT / 'tools' / name, *arguments, fails=fails, limit=limit, **env)
@@ -77,7 +77,7 @@ def tool(name: str, *arguments, fails: bool = False, limit: float = 300, **env: 
 
 
 def _run_here(command: list[str], output: str) -> None:
-    """In the child: become the tool."""
+    """Run the tool in the child process."""
     handle = os.open(output, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(handle, stream)
@@ -85,13 +85,14 @@ def _run_here(command: list[str], output: str) -> None:
     os.chdir(ROOT)
     warnings.simplefilter('ignore')
     sys.argv = command
-    # The path and the open files of the parent's Python are not the tool's.
+    # Replace the path and the open files of the parent's Python.
     sys.path[:] = [str(ROOT / 'tools'), str(ROOT), *(path for path in sys.path if 'tests' not in Path(path).parts)]
     sys.stdout, sys.stderr = (os.fdopen(stream, 'w', buffering=1, closefd=False) for stream in (1, 2))
     runpy.run_path(command[0], run_name='__main__')
 
 
 def miou(output: str) -> str:
+    """The last mIoU in the output."""
     return re.findall(r'mIoU: ([\d.]+)', output)[-1]
 
 

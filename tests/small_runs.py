@@ -1,4 +1,4 @@
-"""Training runs small enough for tests: every kind of randomness that a real one has, drawn scenes, a tiny VOLO."""
+"""Training runs for tests: a tiny VOLO on drawn scenes, with every kind of randomness of a real run."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2, save_b
 
 
 def checkpoint(step: int = 10) -> dict:
-    """One of the form that training saves."""
+    """A checkpoint in the format that training saves."""
     torch.manual_seed(step)
     model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 20))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -56,23 +56,23 @@ def checkpoint(step: int = 10) -> dict:
 
 
 def write_config(folder: Path, data: Path | None = None, more: str = '') -> Path:
-    """A config file in ``folder``; ``more`` overrides what it says."""
+    """Write a config file into ``folder``, with the overrides ``more`` at its end."""
     path = folder / 'small.py'
     path.write_text(TEXT.replace('DATA', str(data or folder / 'scenes')) + more)
     return path
 
 
 def small_config(folder: Path, work_dir: str = 'run', **options) -> Config:
-    """The config, read; ``options`` are overrides with __ for the dots."""
+    """Read the small config; ``options`` are overrides with __ instead of dots."""
     config = load_config(str(write_config(folder)), None, str(folder / work_dir))
     config.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
-    # mmengine keeps message hubs and visualizers by name, for all runs of a process.
+    # mmengine shares message hubs and visualizers of the same name among all runs of a process.
     config.experiment_name = config.visualizer.name = f'{folder.name}_{work_dir}'
     return config
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """What is not the same, bit for bit, in the weights and the optimizer's state of two checkpoints."""
+    """Names of weights, optimizer and scheduler states that differ, bit for bit, in two checkpoints."""
     one, two = (flat(load_from_local(str(path))) for path in (first, second))
     assert one.keys() == two.keys()
     return [
@@ -83,7 +83,7 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def flat(checkpoint: dict) -> dict:
-    """Weights, optimizer and schedulers by dotted names."""
+    """Weights, optimizer and scheduler states by dotted names."""
     out = {}
 
     def walk(name, value):

@@ -1,4 +1,4 @@
-"""Every config builds what its name says, and the paper's recipe is in it."""
+"""Every config builds the model in its name, with the paper's recipe."""
 
 from pathlib import Path
 
@@ -18,13 +18,13 @@ DROP_PATH = {'d1': 0.1, 'd2': 0.2, 'd3': 0.5, 'd4': 0.5, 'd5': 0.75}
 RESOLUTION = {'d1': 384, 'd2': 384, 'd3': 448, 'd4': 448, 'd5': 512}
 
 
-def test_the_promised_configs_are_there():
+def test_the_documented_configs_exist():
     assert {*PAPER, 'volo_d1_camvid.py', 'volo_d1_quickstart.py'} <= set(LEAVES)
 
 
 @pytest.mark.parametrize('leaf', LEAVES)
 def test_config_builds_and_runs(leaf):
-    """The model as configured, its widths matching, forward to logits; narrowed only where that leaves it so."""
+    """The widths match, and the forward pass gives logits. Depths, image size and head are reduced for speed."""
     config = Config.fromfile(CONFIGS / leaf)
     arch = ARCHS[config.model.backbone.arch]
     assert tuple(config.model.decode_head.in_channels) == arch['dims']
@@ -51,7 +51,7 @@ def test_the_papers_recipe(leaf):
     assert backbone.init_cfg == dict(type='Pretrained', checkpoint=f'timm://volo_{arch}_{RESOLUTION[arch]}.sail_in1k')
     crop = next(t for t in config.train_dataloader.dataset.pipeline if t.type == 'RandomCrop').crop_size
     assert tuple(crop) == (side, side) == tuple(config.model.data_preprocessor.size) == tuple(backbone.img_size)
-    assert config.train_dataloader.batch_size == per_gpu  # 8 and 16 in all on 8 GPUs
+    assert config.train_dataloader.batch_size == per_gpu  # 8 and 16 on 8 GPUs
     assert config.model.test_cfg == dict(mode='slide', crop_size=(side, side), stride=(stride, stride))
     assert config.optim_wrapper.optimizer == dict(
         type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01, fused=True
@@ -61,7 +61,7 @@ def test_the_papers_recipe(leaf):
     assert config.custom_imports.imports == ['mmseg_volo']
 
 
-def test_weight_decay_spares_norms_and_pos_embed():
+def test_no_weight_decay_for_norms_and_pos_embed():
     config = Config.fromfile(CONFIGS / 'volo_d1_cityscapes.py')
     model = MODELS.build(config.model)
     wrapper = build_optim_wrapper(model, config.optim_wrapper)
@@ -94,8 +94,8 @@ def test_the_learning_rate_falls_linearly_from_6e5_to_5e6():
 
 @pytest.mark.parametrize('scales', [(2, 2, 1, 0.5), (2, 2, 1, 1)], ids=str)
 @pytest.mark.parametrize('project', [False, True])
-def test_the_pyramid_is_one_switch(scales, project):
-    """model.neck.type=VOLOPyramid model.neck.arch=d1 on the command line; the head stays as it is."""
+def test_the_pyramid_by_command_line_options(scales, project):
+    """model.neck.type=VOLOPyramid model.neck.arch=d1; the head does not change."""
     config = Config.fromfile(CONFIGS / 'volo_d1_camvid.py')
     config.merge_from_dict({'model.neck.type': 'VOLOPyramid', 'model.neck.arch': 'd1', 'model.neck.project': project})
     config.merge_from_dict({'model.neck.scales': scales})
@@ -112,7 +112,7 @@ def test_the_pyramid_is_one_switch(scales, project):
         assert model(torch.randn(1, 3, 64, 128)).shape == (1, 11, 16, 32)
 
 
-def test_a_wrong_pyramid_is_named():
+def test_wrong_options_of_the_pyramid():
     with pytest.raises(ValueError, match="one of d1, d2, d3, d4, d5 or a list of widths, got 'd7'"):
         MODELS.build(dict(type='VOLOPyramid', arch='d7'))
     with pytest.raises(ValueError, match='4 maps need as many scales'):

@@ -1,7 +1,7 @@
 """Check all files of a config's data sets before training: tools/check_data.py CONFIG.
 
-Finds files that are missing, broken, of another size than their partner or labelled otherwise than the config says, and
-pictures that two splits share; prints and plots how often each class occurs. Ends with status 1 where there is a fault.
+Finds missing and broken files, images and labels of different sizes, labels that do not fit the config, and images that
+two splits share. Prints and plots how often each class occurs. The exit status is 1 if there is a fault.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from mmseg_volo.datasets.checks.check import Finding, SplitReport, check_config
 from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.files import atomic_write
 
-SHOWN = 3  # files of each kind of fault
+SHOWN = 3  # files per kind of fault
 
 
 def positive(text: str) -> int:
-    """A number of processes; argparse reports the ValueError of anything else."""
+    """Parse a number of processes; argparse reports the ValueError."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
@@ -45,12 +45,12 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 def balance(report: SplitReport) -> np.ndarray:
-    """Each class's share of the labelled pixels (N,), in percent."""
+    """Return the share of each class in the labelled pixels (N,), in percent."""
     return 100 * report.pixels / max(report.pixels.sum(), 1)
 
 
 def print_classes(reports: Sequence[SplitReport]) -> None:
-    """A table of the classes' pixels and images in each split."""
+    """Print the pixels and images of each class in each split."""
     if not reports:
         return
     table = PrettyTable(['class', *(f'{r.split} {what}' for r in reports for what in ('pixels %', 'images'))])
@@ -62,7 +62,7 @@ def print_classes(reports: Sequence[SplitReport]) -> None:
 
 
 def plot_classes(reports: Sequence[SplitReport], path: Path) -> None:
-    """Bars of each class's share of the labelled pixels, the splits side by side."""
+    """Draw bars of the share of each class in the labelled pixels, with the splits side by side."""
     from matplotlib.figure import Figure  # slow to import
 
     names, height = reports[0].classes, 0.8 / len(reports)
@@ -83,7 +83,7 @@ def plot_classes(reports: Sequence[SplitReport], path: Path) -> None:
 
 
 def write_report(findings: Sequence[Finding], path: Path) -> None:
-    """Write one line for each finding, JSON or for other suffixes than .json and .jsonl CSV; whole or not at all."""
+    """Write one line per finding: JSON for the suffixes .json and .jsonl, else CSV."""
     rows = [asdict(finding) for finding in findings]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as part, part.open('w', newline='', encoding='utf-8') as file:
@@ -98,11 +98,11 @@ def write_report(findings: Sequence[Finding], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--split', nargs='+', choices=['train', 'val', 'test'], help='default: all that differ')
-    parser.add_argument('--fix-report', metavar='FILE', type=Path, help='every finding, as .jsonl or .csv')
-    parser.add_argument('--plot', metavar='FILE', type=Path, help='default work_dirs/CONFIG/check_data_SPLITS.png')
+    parser.add_argument('--split', nargs='+', choices=['train', 'val', 'test'], help='default: all different splits')
+    parser.add_argument('--fix-report', metavar='FILE', type=Path, help='write all findings as .jsonl or .csv')
+    parser.add_argument('--plot', metavar='FILE', type=Path, help='default: work_dirs/CONFIG/check_data_SPLITS.png')
     parser.add_argument('--workers', type=positive, help='number of processes; default: one per CPU')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='as for train.py')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='see train.py')
     args = parser.parse_args()
 
     config = load_config(args.config, args.cfg_options)
@@ -112,7 +112,7 @@ def main() -> int:
     for report in reports:
         print(f'{report.split}: {report.files} images, {report.labels} labels read')
         for reason in report.left_out:
-            print(f'  left out: {reason}')
+            print(f'  not checked: {reason}')
     print_findings(findings)
     counted = [report for report in reports if report.labels and report.classes]
     print_classes(counted)

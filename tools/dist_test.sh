@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test on several GPUs, or on several processes where there is no GPU: tools/dist_test.sh CONFIG CHECKPOINT GPUS [test.py args]
-# Several nodes: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# Test on several GPUs, or in several CPU processes if there is no GPU: tools/dist_test.sh CONFIG CHECKPOINT GPUS [test.py args]
+# For several nodes, run it on each node with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
 set -euo pipefail
 [ $# -ge 3 ] || { echo "usage: $0 CONFIG CHECKPOINT GPUS [arguments of test.py]" >&2; exit 2; }
 config=$1 checkpoint=$2 gpus=$3

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on several GPUs, or on several processes where there is no GPU: tools/dist_train.sh CONFIG GPUS [train.py args]
-# Several nodes: run it on each with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
+# Train on several GPUs, or in several CPU processes if there is no GPU: tools/dist_train.sh CONFIG GPUS [train.py args]
+# For several nodes, run it on each node with NNODES, NODE_RANK, MASTER_ADDR and PORT set.
 set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: $0 CONFIG GPUS [arguments of train.py]" >&2; exit 2; }
 config=$1 gpus=$2

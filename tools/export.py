@@ -10,30 +10,30 @@ from mmseg_volo.utils.config import load_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Export a model and compare the file with PyTorch on real pictures.')
+    parser = argparse.ArgumentParser(description='Export a model and compare the file with PyTorch on images.')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--format', choices=list(FORMATS), default='onnx', help='onnx: opset 17; pt2: torch.export')
-    parser.add_argument('--out', required=True, metavar='FILE', help='ends with .onnx or .pt2')
+    parser.add_argument('--out', required=True, metavar='FILE', help='output file, .onnx or .pt2')
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument(
         '--size',
         nargs=2,
         type=int,
         metavar=('H', 'W'),
-        help="of the pictures; default: the config's test windows, or its training crops",
+        help='input size in pixels; default: that of the test windows in the config, or of its training crops',
     )
-    shape.add_argument('--dynamic', action='store_true', help='any height and width that are multiples of 16')
+    shape.add_argument('--dynamic', action='store_true', help='accept all heights and widths that are multiples of 16')
     parser.add_argument('--precision', choices=['fp32', 'fp16'], default='fp32', help='of weights and arithmetic')
     parser.add_argument(
-        '--with-preprocess', action='store_true', help='take pictures (B, H, W, 3), BGR, uint8, as OpenCV reads them'
+        '--with-preprocess', action='store_true', help='accept images (B, H, W, 3), BGR, uint8, as OpenCV reads them'
     )
     parser.add_argument('--output', choices=OUTPUTS, default='logits', help='(B, C, H, W) or class ids (B, H, W)')
     parser.add_argument(
-        '--pictures', nargs='+', default=[], metavar='P', help="to compare on; default: the config's test data"
+        '--pictures', nargs='+', default=[], metavar='P', help='images to compare on; default: test data of the config'
     )
     parser.add_argument(
-        '--allow-mismatch', action='store_true', help='take a checkpoint of another model or other classes as it fits'
+        '--allow-mismatch', action='store_true', help='accept a checkpoint of another model or other classes'
     )
     args = parser.parse_args()
     export_model(

@@ -1,4 +1,4 @@
-"""Predict pictures and videos: tools/predict.py CONFIG CHECKPOINT FILE_FOLDER_OR_GLOB --out DIR [--overlay]."""
+"""Predict images and videos: tools/predict.py CONFIG CHECKPOINT FILE_FOLDER_OR_GLOB --out DIR [--overlay]."""
 
 import argparse
 import signal
@@ -11,16 +11,16 @@ from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.signals import Stopped
 
 DESCRIPTION = """\
-Predict pictures and save class ids as PNG, and overlays; predict videos and save overlays.
+Predict images and save their class ids as PNG; predict videos and save overlays.
 
-For each picture there will be DIR/NAME.png with class ids, with --overlay NAME_overlay.png and with --confidence
-NAME_confidence.png; for each video NAME_overlay.mp4, with its times and its sound. Of a folder, and the folders in it,
-pictures are taken, and videos only where there are no pictures.
+Each image gives DIR/NAME.png with class ids, with --overlay also NAME_overlay.png, with --confidence also
+NAME_confidence.png. Each video gives NAME_overlay.mp4 with the times and the sound of the video. A folder stands for
+all images in it and in its subfolders, or for all videos if there is no image.
 """
 EPILOG = """\
-mp4 (H.264) and webm (VP9) play in browsers and players; webm holds only Opus and Vorbis sound. Ctrl-C and SIGTERM end
-with what is done: whole pictures, and a video with the frames until then; --resume goes on with the files that are
-left. Exit status: 0, 1 if a file failed, 130 after Ctrl-C, 143 after SIGTERM.
+mp4 (H.264) and webm (VP9) play in browsers and players; webm holds only Opus and Vorbis sound. After Ctrl-C or SIGTERM
+all results are complete, and a video has the frames so far; --resume continues with the remaining files. Exit status:
+0, 1 if a file failed, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 
@@ -45,18 +45,18 @@ def main() -> int:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
-        'source', nargs='+', help=f'pictures, videos ({" ".join(VIDEO_SUFFIXES)}), folders or quoted glob patterns'
+        'source', nargs='+', help=f'images, videos ({" ".join(VIDEO_SUFFIXES)}), folders or quoted glob patterns'
     )
-    parser.add_argument('--out', required=True, metavar='DIR', help='where the results go')
+    parser.add_argument('--out', required=True, metavar='DIR', help='output folder')
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
-    parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; by default a GPU where there is one')
-    parser.add_argument('--overlay', action='store_true', help='save NAME_overlay.png too')
-    parser.add_argument('--no-legend', action='store_true', help='overlays without the names of the classes below')
+    parser.add_argument('--device', help='cpu, cuda, cuda:1, ...; default: a GPU if there is one')
+    parser.add_argument('--overlay', action='store_true', help='also save NAME_overlay.png')
+    parser.add_argument('--no-legend', action='store_true', help='draw no legend below overlays')
     parser.add_argument(
-        '--opacity', type=opacity, default=0.5, help="of an overlay's colours, 0 to 1; default %(default)s"
+        '--opacity', type=opacity, default=0.5, help='weight of the colours in overlays, 0 to 1; default %(default)s'
     )
     parser.add_argument(
-        '--confidence', action='store_true', help='save NAME_confidence.png of pictures, 255 for certain'
+        '--confidence', action='store_true', help='also save NAME_confidence.png for images; 255 means certain'
     )
     parser.add_argument(
         '--video-format', choices=list(VIDEO_FORMATS), default='mp4', help='default %(default)s; see below'
@@ -66,10 +66,10 @@ def main() -> int:
         type=count,
         default=1,
         metavar='N',
-        help='share pictures out among N processes, one for each GPU; a CPU is no faster with several',
+        help='predict images in N processes, one per GPU; on a CPU several are no faster than one',
     )
     parser.add_argument(
-        '--resume', action='store_true', help='leave out what is in DIR already, of the same model and options'
+        '--resume', action='store_true', help='skip files with results of the same model and options in DIR'
     )
     add_inference_arguments(parser)
     args = parser.parse_args()
@@ -98,7 +98,7 @@ def main() -> int:
         )
     except Stopped as stopped:
         return stopped.status
-    except KeyboardInterrupt:  # before the work began, or a second one
+    except KeyboardInterrupt:  # before the predictions began, or a second Ctrl-C
         return 128 + signal.SIGINT
     if failed:
         kind = 'videos' if all(path.suffix.lower() in VIDEO_SUFFIXES for path in failed) else 'images'

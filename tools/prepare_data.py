@@ -14,7 +14,7 @@ PREPARE = {'cityscapes': prepare_cityscapes, 'ade20k': prepare_ade20k, 'camvid':
 
 
 def positive(text: str) -> int:
-    """Return `text` as a number of processes; raises ValueError, which argparse reports, when it is not one."""
+    """Parse a number of processes; argparse reports the ValueError."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)

@@ -1,4 +1,4 @@
-"""A page about one or more runs: tools/report.py work_dirs/volo_d1_camvid [MORE WORK DIRS] [--out report.html]."""
+"""Write a report on one or more runs: tools/report.py work_dirs/volo_d1_camvid [MORE WORK DIRS] [--out report.html]."""
 
 import argparse
 
@@ -8,8 +8,8 @@ from mmseg_volo.report import write_report
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description='Write one HTML file about runs: curves, IoU per class, confusions, worst and best pictures, '
-        'calibration, speed and config. It needs no network; several runs are compared.'
+        description='Write one HTML file on one run, or compare several: curves, IoU per class, confusions, worst and '
+        'best images, calibration, speed and config. The file needs no network.'
     )
     parser.add_argument('work_dirs', nargs='+', metavar='WORK_DIR', help='work dir of tools/train.py or tools/test.py')
     parser.add_argument('--out', metavar='FILE', help='default: report.html in the first work dir')

@@ -16,10 +16,10 @@ def main() -> None:
         nargs='?',
         const=True,
         metavar='CHECKPOINT',
-        help='go on where a run ended: from this file, by default from the newest whole one in the work dir',
+        help='continue a run from this file; default: from the newest complete checkpoint in the work dir',
     )
     parser.add_argument(
-        '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU that has no bfloat16'
+        '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU without bfloat16'
     )
     add_common_arguments(parser)
     args = parser.parse_args()
@@ -28,7 +28,7 @@ def main() -> None:
     if args.resume:
         config.resume = True
         if args.resume is True:
-            config.auto_resume = True  # a load_from of the config counts only where there is nothing to resume
+            config.auto_resume = True  # load_from of the config is used only if there is nothing to resume
         else:
             config.load_from = args.resume
     if args.amp:

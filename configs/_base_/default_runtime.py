@@ -1,8 +1,8 @@
-"""What every config shares: the package, logging, checkpoints, visualization, test-time augmentation."""
+"""Shared by all configs: imports, logging, checkpoints, visualization, test-time augmentation."""
 
 default_scope = 'mmseg'
 custom_imports = dict(imports=['mmseg_volo'], allow_failed_imports=False)
-runner_type = 'VOLORunner'  # mmengine's Runner, plus safe resuming, and distributed runs without a GPU
+runner_type = 'VOLORunner'  # mmengine's Runner with safe resuming and distributed runs without a GPU
 env_cfg = dict(
     cudnn_benchmark=True,
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
@@ -12,7 +12,7 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    # mmengine's CheckpointHook, whose files are whole or not there; SIGTERM and SIGINT save one more.
+    # mmengine's CheckpointHook with atomic files and a checkpoint on SIGTERM and SIGINT.
     checkpoint=dict(type='AtomicCheckpointHook', by_epoch=False, interval=16000, max_keep_ckpts=3, save_best='mIoU'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
@@ -20,7 +20,7 @@ default_hooks = dict(
 custom_hooks = [
     dict(type='LabelGuardHook'),
     dict(type='NonFiniteGuardHook', max_in_row=25),
-    dict(type='EvaluationRecordHook'),  # the validation loss, and what tools/report.py reads
+    dict(type='EvaluationRecordHook'),  # validation loss, and the record for tools/report.py
 ]
 vis_backends = [dict(type='LocalVisBackend')]
 visualizer = dict(type='SegLocalVisualizer', vis_backends=vis_backends, name='visualizer')
@@ -28,8 +28,7 @@ log_processor = dict(by_epoch=False)
 log_level = 'INFO'
 load_from = None
 resume = False
-# The five scales of test-time augmentation are the paper's (section 3.4); results that mmseg calls multi-scale include
-# the flip.
+# The five scales are the paper's (section 3.4). The flip is part of mmseg's multi-scale tests.
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(

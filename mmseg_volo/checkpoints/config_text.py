@@ -1,27 +1,27 @@
-"""Config texts read as the data that they are, without running them as mmengine does."""
+"""Parse the config text in a checkpoint as plain data; mmengine would run it as code."""
 
 import ast
 from collections.abc import Iterator
 
 
 def literals(text: str) -> dict:
-    """The assignments in a text of mmengine's ``Config.pretty_text``, read without running it.
+    """Parse the assignments in a text that mmengine's ``Config.pretty_text`` wrote.
 
     Raises:
-        SyntaxError, TypeError, ValueError: it holds anything but assignments of plain data.
+        SyntaxError, TypeError, ValueError: the text holds anything but assignments of plain data.
     """
     out = {}
     for statement in ast.parse(text).body:
         targets = statement.targets if isinstance(statement, ast.Assign) else []
         if len(targets) != 1 or not isinstance(targets[0], ast.Name):
-            raise ValueError(f'line {statement.lineno} is no assignment')
+            raise ValueError(f'line {statement.lineno} is not an assignment')
         out[targets[0].id] = _value(statement.value)
     return out
 
 
 def _value(node: ast.expr) -> object:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
-        # dict({'a.b': 1}) is how mmengine writes keys that are no names.
+        # mmengine writes keys that are not Python names as dict({'a.b': 1}).
         if len(node.args) == 1 and isinstance(node.args[0], ast.Dict) and not node.keywords:
             return _value(node.args[0])
         if not node.args:
@@ -43,7 +43,7 @@ def _name(keyword: ast.keyword) -> str:
 
 
 def strings(value: object, key: str = '') -> Iterator[tuple[str, str]]:
-    """Every text in nested dicts and lists, with the key that it stands under."""
+    """Yield every string in nested dicts and lists, after its key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from strings(inner, str(name))

@@ -1,4 +1,4 @@
-"""Official and timm VOLO weights, put into the backbone."""
+"""Load official and timm VOLO weights into the backbone."""
 
 import torch
 from mmengine.logging import print_log
@@ -8,24 +8,24 @@ from torch import nn
 from ..errors import CheckpointError
 from .compatibility import fits, listed
 
-# What belongs to the ImageNet classifier alone; everything else in a file must find its place in the backbone.
+# Weights of the ImageNet classifier alone; all others in a file must fit the backbone.
 CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
-# Files name their weights so; an exponential moving average comes first, as in timm.
+# Where a file may hold its weights. The exponential moving average comes first, as in timm.
 STATE_KEYS = ('state_dict_ema', 'state_dict')
 
 
 def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
-    """The weights of a VOLO, by their official names, out of what a file holds.
+    """Find the weights of a VOLO in the content of a file, under their official names.
 
     Args:
         content: the file's dict: ``state_dict_ema``, ``state_dict`` or bare weights, of a classifier or a segmentor.
-        source: the file's name, for the error.
+        source: the file's name, for error messages.
 
     Returns:
-        Name to tensor, without ``module.`` (data parallel) or ``backbone.`` (segmentor) in front.
+        Name to tensor, without the prefix ``module.`` (data parallel) or ``backbone.`` (segmentor).
 
     Raises:
-        CheckpointError: no weights, or not those of a VOLO.
+        CheckpointError: the content has no weights, or not those of a VOLO.
     """
     key = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
     state = content[key] if key else content
@@ -43,7 +43,7 @@ def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
 
 
 def describe(state: dict[str, torch.Tensor], archs: dict[str, dict]) -> str:
-    """In words, which of ``archs`` a state dict belongs to: 'VOLO-D3 (blocks 8-8-16-4, widths 256/512)'."""
+    """Name the variant in ``archs`` that a state dict belongs to: 'VOLO-D3 (blocks 8-8-16-4, widths 256/512)'."""
     blocks: dict[int, set[str]] = {}
     for name in state:
         parts = name.split('.')
@@ -61,53 +61,52 @@ def describe(state: dict[str, torch.Tensor], archs: dict[str, dict]) -> str:
 
 
 def load_backbone(backbone: nn.Module, source: str) -> None:
-    """Put pretrained VOLO weights into a :class:`~mmseg_volo.models.volo.VOLO`.
+    """Load pretrained weights into a :class:`~mmseg_volo.models.volo.VOLO`.
 
-    Only the classifier's own weights may be left out, and those of stages and norms that ``backbone`` was built
-    without. Only the LayerNorms of the levels before the last, which no classifier has, may be missing. A log line
-    says both. ``pos_embed`` is resized to the backbone's image size.
+    Weights of the classifier, and of stages and norms that ``backbone`` was built without, are skipped. The LayerNorms
+    of all levels but the last may be missing, because classifiers do not have them. The log says what was skipped and
+    what was missing. ``pos_embed`` is resized to the backbone's image size.
 
     Args:
-        backbone: the VOLO to fill.
+        backbone: the VOLO that takes the weights.
         source: a path, a URL or ``timm://MODEL.TAG``.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: a broken or unsafe file, no VOLO, or the weights of another variant. The backbone is then
-            unchanged.
+        CheckpointError: the file is broken or unsafe, or holds no VOLO or another variant. The backbone is unchanged.
     """
     state = volo_state_dict(CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='current'), source)
     own, archs = backbone.state_dict(), backbone.arch_settings
     classifier = [name for name in state if name.startswith(CLASSIFIER)]
-    # A backbone that ends early, or gives raw outputs, has no place for these and does not need them.
-    unbuilt = [name for name in state if name not in own and name not in classifier and _beyond(name, backbone)]
+    # A backbone with fewer stages, or without output norms, does not need these.
+    unbuilt = [name for name in state if name not in own and name not in classifier and _is_unbuilt(name, backbone)]
     used = {name: value for name, value in state.items() if name not in {*classifier, *unbuilt}}
 
-    strange = [name for name in used if name not in own]
+    unknown = [name for name in used if name not in own]
     missing = [name for name in own if name not in used and not _may_miss(name)]
-    unlike = [name for name in used if name in own and not fits(name, used[name], own[name])]
-    if strange or missing or unlike:
+    mismatched = [name for name in used if name in own and not fits(name, used[name], own[name])]
+    if unknown or missing or mismatched:
         raise CheckpointError(
             f'{source}: expected weights of {describe(own, archs)}, found {describe(state, archs)}'
             + listed('missing', missing)
-            + listed('unknown', strange)
-            + ''.join(f'; {n} is {tuple(used[n].shape)}, expected {tuple(own[n].shape)}' for n in unlike[:3])
+            + listed('unknown', unknown)
+            + ''.join(f'; {n} is {tuple(used[n].shape)}, expected {tuple(own[n].shape)}' for n in mismatched[:3])
         )
     new = [name for name in own if name not in used and not name.endswith('num_batches_tracked')]
     backbone.load_state_dict({**{name: own[name] for name in own if name not in used}, **used})
     heads = sorted({name.split('.')[0] for name in classifier})
     print_log(
         f'Loaded {len(used)} of {len(state)} entries of {describe(state, archs)} from {source}. '
-        f'Left out: {", ".join(heads) or "nothing"} of the classifier ({len(classifier)} entries)'
+        f'Skipped: {", ".join(heads) or "nothing"} of the classifier ({len(classifier)} entries)'
         + (f' and {len(unbuilt)} entries of stages or norms that are not built' if unbuilt else '')
-        + (f'. Not in the file, kept at their start values: {", ".join(new)}' if new else '')
+        + (f'. Not in the file, so kept at their initial values: {", ".join(new)}' if new else '')
         + '.',
         logger='current',
     )
 
 
-def _beyond(name: str, backbone: nn.Module) -> bool:
-    """Whether a weight belongs to a part that ``backbone`` was built without."""
+def _is_unbuilt(name: str, backbone: nn.Module) -> bool:
+    """Whether a weight belongs to a stage, norm or ``pos_embed`` that ``backbone`` was built without."""
     if name.startswith('norm'):
         return name.split('.')[0] not in dict(backbone.named_children())
     if name.startswith('network.'):

@@ -1,9 +1,8 @@
 """Read checkpoints of every scheme without running code.
 
-Importing this module registers the safe readers with mmengine's :class:`CheckpointLoader`, in place of all of its own
-and for ``timm://`` names. Every entry point that uses it (``init_model``, ``MMSegInferencer``, ``load_from``,
-``--resume``, ``init_cfg``) then refuses a file that holds anything but tensors and plain data. mmengine itself would
-read such a file a second time and run its code.
+Importing this module registers safe readers with mmengine's :class:`CheckpointLoader`: they replace all of its own, and
+add ``timm://``. So every entry point (``init_model``, ``MMSegInferencer``, ``load_from``, ``--resume``, ``init_cfg``)
+rejects a file that holds anything but tensors and plain data. mmengine itself would run the code in such a file.
 """
 
 import difflib
@@ -36,7 +35,7 @@ from ..errors import CheckpointError
 from .config_text import literals, strings
 from .writing import seal_holds
 
-# What mmengine loads is what is under the first; other trainers' files have it elsewhere.
+# mmengine loads the weights under the first key; files of other trainers have them under the others.
 _WEIGHT_KEYS = ('state_dict', 'model', 'state_dict_ema')
 TIMM_NAMES = (
     'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, '
@@ -44,26 +43,26 @@ TIMM_NAMES = (
 )
 MapLocation = str | torch.device | Callable | None
 _BROKEN = 'the file is cut off or is no checkpoint; copy or download it again'
-# How torch words it when a file asks for something that is not data.
+# Parts of torch's error messages for a file that holds something other than data.
 _UNSAFE = re.compile(r'GLOBAL|[Uu]nsupported class|unrecognized function|Can only (build|create)')
 
 
-def _statistic_of_history(owner: type, name: str):
-    """Stand-in for a file's getattr, by which mmengine's log histories name their own statistics, and only those."""
+def _history_getattr(owner: type, name: str):
+    """Replace the getattr that mmengine's log histories pickle; allow only their own statistics."""
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(owner, name)
     raise pickle.UnpicklingError(f'GLOBAL getattr was asked for {name} of {owner}')
 
 
 def _safe_globals() -> list:
-    """What mmengine's checkpoints hold besides tensors: log histories and NumPy numbers. Nothing that runs code."""
+    """Types that mmengine's checkpoints hold besides tensors: log histories and NumPy numbers. None runs code."""
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
     kinds = {type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1')}
     functions = (multiarray.scalar, multiarray._reconstruct)
-    # NumPy 1 and 2 know these two by different names; a file of either is read by both.
+    # NumPy 1 and 2 give these two functions different names; allow both, to read files of either version.
     old_names = [(function, f'numpy.core.multiarray.{function.__name__}') for function in functions]
     new_names = [(function, f'numpy._core.multiarray.{function.__name__}') for function in functions]
-    history = [HistoryBuffer, (_statistic_of_history, 'builtins.getattr')]
+    history = [HistoryBuffer, (_history_getattr, 'builtins.getattr')]
     return [np.ndarray, np.dtype, slice, *kinds, *old_names, *new_names, *history]
 
 
@@ -73,14 +72,15 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
 
     Args:
         filename: path of the file.
-        map_location: where tensors go, as in :func:`torch.load`.
+        map_location: device of the tensors, as in :func:`torch.load`.
 
     Returns:
-        The file's dict with ``state_dict`` and ``meta``: bare weights, or those under ``model``, come back there too.
+        The file's dict, always with ``meta`` and with the weights under ``state_dict``, even if the file has them
+        elsewhere.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is cut off or broken, holds objects that would run code, or holds no weights.
+        CheckpointError: the file is broken, holds objects that would run code, or holds no weights.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -90,11 +90,11 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
         content = _read_safetensors(path, map_location)
     else:
         content = _read_torch(path, map_location)
-    return _in_order(content, str(path))
+    return _normalize(content, str(path))
 
 
-def _in_order(content: object, source: str) -> dict:
-    """What a file holds as mmengine's entries expect it: weights under ``state_dict``, and a dict under ``meta``."""
+def _normalize(content: object, source: str) -> dict:
+    """Arrange the content as mmengine expects it: weights under ``state_dict``, and a dict under ``meta``."""
     if not isinstance(content, dict):
         raise CheckpointError(f'{source}: expected a dict of weights, found {type(content).__name__}')
     key = next((key for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
@@ -115,7 +115,7 @@ def _in_order(content: object, source: str) -> dict:
 
 
 def _with_source(state: dict, source: str) -> OrderedDict:
-    """The weights, and the file's name where torch keeps notes on a state dict: modules see them on loading."""
+    """Add the file's name to the metadata of a state dict, which modules receive when they load it."""
     known = getattr(state, '_metadata', None)
     known = known if isinstance(known, dict) else {}
     out = OrderedDict((str(name), value) for name, value in state.items())
@@ -125,8 +125,8 @@ def _with_source(state: dict, source: str) -> OrderedDict:
 
 
 def _without_code(content: dict, source: str) -> dict:
-    """Without a config that is more than data: mmengine runs a checkpoint's config text, to resume or to build from."""
-    # No version of mmengine writes this one, but all of them run it when resuming.
+    """Remove a config text that is more than data, because mmengine runs the config text of a checkpoint."""
+    # No version of mmengine writes meta.config, but all of them run it on resume.
     content['meta'] = {name: value for name, value in content['meta'].items() if name != 'config'}
     hub = content.get('message_hub')
     info = hub.get('runtime_info') if isinstance(hub, dict) else None
@@ -138,12 +138,12 @@ def _without_code(content: dict, source: str) -> dict:
 
 
 def _is_plain(text: object) -> bool:
-    """Whether a config's text is assignments of data, as mmengine writes it, which name nothing by its Python path."""
+    """Whether a config text is plain assignments, as mmengine writes them, without bases and dotted types."""
     try:
         config = literals(text)
     except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         return False
-    # A base is another file, which would be run; a dotted type is what mmengine's registries import and call.
+    # mmengine would run a base file, and import and call a type with a dotted name.
     return '_base_' not in config and not any(key == 'type' and '.' in value for key, value in strings(config))
 
 
@@ -160,12 +160,12 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
 
 
 def _meta_of_texts(texts: Mapping[str, str]) -> dict:
-    """What tools/publish.py writes beside the weights, as a .pth file has it; other files have none of it."""
+    """Turn the texts that tools/publish.py stores in a .safetensors file into the ``meta`` of a .pth file."""
     meta, info = {}, {}
     for name in ('classes', 'palette'):
         try:
             value = json.loads(texts.get(name) or 'null')
-        except ValueError:  # another's text by that name
+        except ValueError:  # another tool's text under the same name
             continue
         if isinstance(value, list):
             info[name] = value
@@ -177,10 +177,10 @@ def _meta_of_texts(texts: Mapping[str, str]) -> dict:
 
 
 def read_meta(path: Path) -> dict:
-    """The ``meta`` of a checkpoint, without reading its tensors and without checking that they are whole.
+    """Read the ``meta`` of a checkpoint without reading or verifying its tensors.
 
     Raises:
-        CheckpointError: the file is broken or holds no dict.
+        CheckpointError: the file is broken or unsafe.
     """
     content = _parse(path, 'cpu', mmap=zipfile.is_zipfile(path))
     meta = content.get('meta') if isinstance(content, dict) else None
@@ -197,16 +197,16 @@ def _read_torch(path: Path, map_location: MapLocation):
 
 
 def _check_bytes(path: Path) -> bool:
-    """Raises CheckpointError where the file's checksums do not hold; returns whether it has a seal of ours."""
+    """Return whether the file has a valid seal; raise CheckpointError if its seal or checksums do not match."""
     holds = seal_holds(path)
     if holds is False:
-        raise CheckpointError(f'{path}: {_BROKEN} (its bytes are not those that were saved, by their SHA-256)')
+        raise CheckpointError(f'{path}: {_BROKEN} (its SHA-256 is not that of the saved file)')
     if holds is None and zipfile.is_zipfile(path):
         try:
-            # torch.load itself does not look at the checksums that torch.save wrote.
+            # torch.load does not check the checksums that torch.save wrote.
             with zipfile.ZipFile(path) as records:
                 broken = records.testzip()
-        except Exception as error:  # a parser of foreign bytes fails in any way
+        except Exception as error:  # the ZIP parser may raise anything on broken bytes
             raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
         if broken:
             raise CheckpointError(f'{path}: {_BROKEN} (wrong checksum of {broken})')
@@ -217,19 +217,20 @@ def _parse(path: Path, map_location: MapLocation, mmap: bool = False):
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path}: the file is empty; copy or download it again')
     if map_location is None and not torch.cuda.is_available():
-        map_location = 'cpu'  # a file saved on a GPU otherwise asks for one
+        map_location = 'cpu'  # otherwise a file saved on a GPU needs a GPU
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # a parser of foreign bytes fails in any way
+    except Exception as error:  # the parser may raise anything on broken bytes
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         unsafe = next((line for line in lines if _UNSAFE.search(line)), None)
         if isinstance(error, pickle.UnpicklingError) and unsafe:
             raise CheckpointError(
                 f'{path}: refused, because it holds more than tensors and plain data and could run code when read '
-                f'({unsafe}). Ask for the weights alone, as torch.save(model.state_dict(), ...) or .safetensors.'
+                f'({unsafe}). Ask its author for the weights alone, as torch.save(model.state_dict(), ...) or '
+                '.safetensors.'
             ) from error
         raise CheckpointError(f'{path}: {_BROKEN} ({lines[0]})') from error
 
@@ -242,7 +243,7 @@ def load_from_http(url: str, map_location: MapLocation = None) -> dict:
         CheckpointError: the download failed, or as :func:`load_from_local`.
     """
     path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(url).path).name
-    # The main process downloads for everybody; a node with a disk of its own does it itself after that.
+    # The main process downloads first; a node that does not share its disk downloads after that.
     try:
         if is_main_process():
             _download(url, path)
@@ -261,7 +262,7 @@ def _download(url: str, path: Path) -> None:
         torch.hub.download_url_to_file(url, str(path), hash_in_name[1] if hash_in_name else None, progress=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f'{url}: the download failed ({error}). Fetch the file by hand and give its path instead.'
+            f'{url}: the download failed ({error}). Download the file by hand and give its path instead.'
         ) from error
 
 
@@ -272,41 +273,41 @@ def load_from_torchvision(name: str, map_location: MapLocation = None) -> dict:
     Raises:
         CheckpointError: no such name, or as :func:`load_from_http`.
     """
-    return load_from_http(_looked_up(name, get_torchvision_models()), map_location)
+    return load_from_http(_look_up(name, get_torchvision_models()), map_location)
 
 
 @CheckpointLoader.register_scheme(prefixes=('open-mmlab://', 'openmmlab://'), force=True)
 def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
-    """Read weights by OpenMMLab's name for them: a URL, or a file in ``MMENGINE_HOME`` that its list names.
+    """Read weights by OpenMMLab's name for them; its list gives a URL or a file in ``MMENGINE_HOME``.
 
     Raises:
         CheckpointError, FileNotFoundError: no such name, or as :func:`load_from_http` and :func:`load_from_local`.
     """
     scheme, _, short = name.partition('://')
-    place = _looked_up(f'{scheme}://{get_deprecated_model_names().get(short, short)}', get_external_models())
-    if place.startswith(('http://', 'https://')):
-        return load_from_http(place, map_location)
-    return load_from_local(str(Path(_get_mmengine_home()) / place), map_location)
+    source = _look_up(f'{scheme}://{get_deprecated_model_names().get(short, short)}', get_external_models())
+    if source.startswith(('http://', 'https://')):
+        return load_from_http(source, map_location)
+    return load_from_local(str(Path(_get_mmengine_home()) / source), map_location)
 
 
 @CheckpointLoader.register_scheme(prefixes='mmcls://', force=True)
 def load_from_mmcls(name: str, map_location: MapLocation = None) -> dict:
-    """Download a classifier of MMClassification's, as ``mmcls://convnext-tiny``, and keep its backbone.
+    """Download a classifier of MMClassification, as ``mmcls://convnext-tiny``, and keep its backbone.
 
     Raises:
         CheckpointError: no such name, or as :func:`load_from_http`.
     """
-    url = _looked_up(name, get_mmcls_models())
+    url = _look_up(name, get_mmcls_models())
     state = load_from_http(url, map_location)['state_dict']
     backbone = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
     return dict(state_dict=_with_source(backbone, url), meta={})
 
 
-def _looked_up(name: str, known: Mapping[str, str]) -> str:
+def _look_up(name: str, known: Mapping[str, str]) -> str:
     short = name.partition('://')[2]
     if short not in known:
         near = difflib.get_close_matches(short, known, 3, 0.4) or list(known)[:3]
-        raise CheckpointError(f'{name}: mmengine knows no weights by that name; names near it: {", ".join(near)}')
+        raise CheckpointError(f'{name}: mmengine knows no weights of that name; similar names: {", ".join(near)}')
     return known[short]
 
 
@@ -315,13 +316,12 @@ def load_from_ceph(url: str, map_location: MapLocation = None) -> dict:
     """Fetch a checkpoint through mmengine's Petrel backend, then read it like a local file.
 
     Raises:
-        CheckpointError: the backend cannot be used or has no such file, or as :func:`load_from_local`.
+        CheckpointError: the backend is not available or has no such file, or as :func:`load_from_local`.
     """
-
-    def fetch(target: Path) -> None:
-        target.write_bytes(get_file_backend(url, backend_args=dict(backend='petrel')).get(url))
-
-    return _fetched(url, fetch, map_location)
+    backend = dict(backend='petrel')
+    return _fetch_to_temporary(
+        url, lambda path: path.write_bytes(get_file_backend(url, backend_args=backend).get(url)), map_location
+    )
 
 
 @CheckpointLoader.register_scheme(prefixes='pavi://', force=True)
@@ -329,7 +329,7 @@ def load_from_pavi(url: str, map_location: MapLocation = None) -> dict:
     """Fetch a checkpoint from Pavi, then read it like a local file.
 
     Raises:
-        CheckpointError: Pavi cannot be used or has no such file, or as :func:`load_from_local`.
+        CheckpointError: Pavi is not available or has no such file, or as :func:`load_from_local`.
     """
 
     def fetch(target: Path) -> None:
@@ -337,17 +337,17 @@ def load_from_pavi(url: str, map_location: MapLocation = None) -> dict:
 
         modelcloud.get(url.removeprefix('pavi://')).download(str(target))
 
-    return _fetched(url, fetch, map_location)
+    return _fetch_to_temporary(url, fetch, map_location)
 
 
-def _fetched(url: str, fetch: Callable[[Path], None], map_location: MapLocation) -> dict:
+def _fetch_to_temporary(url: str, fetch: Callable[[Path], None], map_location: MapLocation) -> dict:
     with TemporaryDirectory() as folder:
         path = Path(folder) / (Path(url).name or 'checkpoint')
         try:
             fetch(path)
-        except Exception as error:  # the clients' errors are their own, or that they are not installed
+        except Exception as error:  # each client has its own errors, and may not be installed
             raise CheckpointError(
-                f'{url}: could not be fetched ({error}). Fetch the file by hand and give its path instead.'
+                f'{url}: could not be fetched ({error}). Download the file by hand and give its path instead.'
             ) from error
         try:
             return load_from_local(str(path), map_location)
@@ -360,7 +360,7 @@ def load_from_timm(name: str, map_location: MapLocation = None) -> dict:
     """Read the weights of a timm model, as ``timm://volo_d4_448.sail_in1k``, from the Hugging Face hub or its cache.
 
     Raises:
-        CheckpointError: timm knows no such weights, or they can be had neither from the hub nor from the cache.
+        CheckpointError: timm has no such weights, or neither the hub nor the cache provides them.
     """
     from huggingface_hub import hf_hub_download
     from timm.models import get_pretrained_cfg
@@ -368,7 +368,7 @@ def load_from_timm(name: str, map_location: MapLocation = None) -> dict:
     name = name.removeprefix('timm://')
     try:
         config = get_pretrained_cfg(name) if '.' in name else None
-    except RuntimeError:  # a model of timm's, without weights by that tag
+    except RuntimeError:  # timm has this model, but no weights with that tag
         config = None
     if config is None or not config.hf_hub_id:
         raise CheckpointError(
@@ -376,10 +376,10 @@ def load_from_timm(name: str, map_location: MapLocation = None) -> dict:
         )
     try:
         path = hf_hub_download(config.hf_hub_id, 'model.safetensors')
-    except Exception as error:  # the hub client raises errors of several libraries, none shared
+    except Exception as error:  # the hub client raises errors of several libraries, without a common base
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f'timm://{name}: could not fetch {config.hf_hub_id}/model.safetensors ({first}). Fetch it by hand, or an '
-            f'official .pth.tar, and give its path instead.'
+            f'timm://{name}: could not fetch {config.hf_hub_id}/model.safetensors ({first}). Download it or an '
+            'official .pth.tar by hand, and give its path instead.'
         ) from error
     return load_from_local(path, map_location)

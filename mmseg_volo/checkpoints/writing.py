@@ -1,9 +1,8 @@
-"""Write checkpoint files that are complete or absent, and that prove it.
+"""Write checkpoint files atomically, with a seal: their SHA-256.
 
-A checkpoint is written beside its place under a hidden name, synced to the disk, read back, sealed with its SHA-256,
-and only then renamed. Whatever happens in between, a file under a checkpoint's name is complete. The seal is the ZIP
-comment of the file that :func:`torch.save` writes. So a sealed checkpoint is an ordinary one to everything else, and
-keeps its seal when it is copied, moved or renamed.
+A checkpoint is written under a hidden name in the same folder, synced to the disk, read back, sealed, and only then
+renamed. So a file under a checkpoint's name is always complete. The seal is stored in the ZIP comment of the file that
+:func:`torch.save` writes. Other readers ignore it, and it stays when the file is copied, moved or renamed.
 """
 
 import contextlib
@@ -27,10 +26,10 @@ _SEAL = re.compile(rb'mmseg_volo sha256 ([0-9a-f]{64})\n')
 
 
 class _Pickler(pickle._Pickler):
-    """Mark every tensor as a CPU's, so that :func:`torch.save` copies one at a time from a GPU.
+    """Mark every tensor as a CPU tensor, so that :func:`torch.save` copies them from the GPU one at a time.
 
-    mmengine copies all of them first, which needs host memory for a second model and optimizer. Only the small tree
-    around the tensors passes through this pickler, so Python's slow one is enough.
+    mmengine copies all tensors first, which needs host memory for a second model and optimizer. Tensor data bypasses
+    the pickler, so Python's slow pickler is fast enough.
     """
 
     def save_pers(self, pid: tuple) -> None:
@@ -39,13 +38,13 @@ class _Pickler(pickle._Pickler):
 
 
 def write(checkpoint: dict, path: str | Path) -> Path:
-    """Write a checkpoint beside ``path`` under a hidden name, tensor by tensor; :func:`finish` puts it in its place.
+    """Write a checkpoint under a hidden name beside ``path``; :func:`finish` then moves it to ``path``.
 
     Returns:
         The hidden file.
 
     Raises:
-        SaveError: it could not be written; no part of it stays.
+        SaveError: the file could not be written; it is removed.
     """
     path = Path(path)
     part = part_of(path)
@@ -63,19 +62,19 @@ def write(checkpoint: dict, path: str | Path) -> Path:
 
 
 def finish(part: Path, path: str | Path) -> None:
-    """Sync, check, seal and rename what :func:`write` wrote.
+    """Sync, verify, seal and rename the file that :func:`write` wrote.
 
     Raises:
-        SaveError: the disk gave back something else than was written, or an error; no part of it stays.
+        SaveError: the disk failed or returned other bytes than were written; the file is removed.
     """
     path = Path(path)
     try:
         _sync(part)
-        # torch.save noted the checksum of every tensor on its way to the file: this compares what arrived.
+        # torch.save stored a checksum of every tensor; compare the file with them.
         with zipfile.ZipFile(part) as content:
             broken = content.testzip()
         if broken is not None:
-            raise OSError(errno.EIO, f'{broken} was read back different from what was written')
+            raise OSError(errno.EIO, f'{broken} was read back with other bytes than were written')
         seal(part)
         _sync(part)
         os.replace(part, path)
@@ -86,25 +85,25 @@ def finish(part: Path, path: str | Path) -> None:
 
 
 def save(checkpoint: dict, path: str | Path) -> None:
-    """:func:`write` and :func:`finish`."""
+    """Call :func:`write` and :func:`finish`."""
     finish(write(checkpoint, path), path)
 
 
 def remove_parts(folder: str | Path) -> None:
-    """Remove what killed runs left half-written in ``folder``."""
+    """Remove partial checkpoints that killed runs left in ``folder``."""
     for part in Path(folder).glob('.*.part.pth'):
         part.unlink(missing_ok=True)
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Put a small text file in the place of another in one step."""
+    """Write a small text file atomically."""
     with atomic_write(path) as part:
         part.write_text(text, encoding='utf-8')
         _sync(part)
 
 
 def _remove(part: Path) -> None:
-    with contextlib.suppress(OSError):  # its folder may be gone, which is the error that is on its way
+    with contextlib.suppress(OSError):  # if the folder is gone, the caller already raises that error
         part.unlink()
 
 
@@ -113,36 +112,37 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(handle)
         if hasattr(os, 'posix_fadvise'):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # what is read next comes from the disk
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)  # so that the next read comes from the disk
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system, or a folder on it, that cannot sync
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # the file system cannot sync this file or folder
             raise
     finally:
         os.close(handle)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's own error behind what torch.save made of it."""
+    """The OSError that caused an error of torch.save, if there is one."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def save_error(path: str | Path, error: Exception) -> SaveError:
+    """Build the error for a checkpoint that could not be written."""
     reason = getattr(error, 'strerror', None) or error
     return SaveError(
-        f'{path}: the checkpoint could not be written ({reason}). The ones before it are intact: make room or put the '
-        'work dir in order, then go on with --resume'
+        f'{path}: the checkpoint could not be written ({reason}). Earlier checkpoints are intact: make room or repair '
+        'the work dir, then continue with --resume'
     )
 
 
 def seal(path: Path) -> None:
-    """Append the seal to a file of :func:`torch.save`'s: everything before the seal is under it."""
+    """Append the SHA-256 of a file of :func:`torch.save` as its ZIP comment; raise ValueError for any other file."""
     with path.open('r+b') as file:
-        # A zip file ends with the length of its comment and the comment; torch.save writes none.
+        # A ZIP file ends with the length of its comment and the comment; torch.save writes no comment.
         file.seek(-2, os.SEEK_END)
         if file.read() != b'\0\0':
-            raise ValueError(f'{path}: no zip file without a comment')
+            raise ValueError(f'{path}: not a ZIP file, or one that has a comment already')
         file.seek(-2, os.SEEK_END)
         file.write(struct.pack('<H', _LENGTH))
         file.flush()
@@ -153,7 +153,7 @@ def seal(path: Path) -> None:
 
 
 def seal_holds(path: Path) -> bool | None:
-    """Whether a file is what was sealed; None where it has no seal."""
+    """Whether the content of a file matches its seal; None if the file has no seal."""
     with path.open('rb') as file:
         size = file.seek(0, os.SEEK_END) - _LENGTH
         if size < 0:

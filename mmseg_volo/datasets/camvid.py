@@ -1,4 +1,4 @@
-"""Data sets that mmseg does not have."""
+"""CamVid, which mmseg does not have."""
 
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
@@ -6,10 +6,10 @@ from mmseg.registry import DATASETS
 
 @DATASETS.register_module()
 class CamVidDataset(BaseSegDataset):
-    """CamVid with 11 classes, as ``tools/prepare_data.py camvid`` lays it out.
+    """CamVid with 11 classes, in the folders that ``tools/prepare_data.py camvid`` creates.
 
-    ``images/{train,val,test}/NAME.png`` and ``labels/{train,val,test}/NAME.png``, labels 0-10, 255 is ignored. Classes
-    and colours are those of SegNet's version of the data (Badrinarayanan et al., 2017).
+    Images are ``images/{train,val,test}/NAME.png``. Labels are ``labels/{train,val,test}/NAME.png`` with class ids from
+    0 to 10; 255 is ignored. Classes and colours are those of SegNet's version (Badrinarayanan et al., 2017).
     """
 
     METAINFO = dict(

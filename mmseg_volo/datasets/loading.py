@@ -1,4 +1,4 @@
-"""Transforms that load images and labels, and name the file in every error."""
+"""Load images and labels, with errors that name the file."""
 
 import cv2
 from mmcv.transforms import LoadImageFromFile
@@ -12,11 +12,11 @@ from .checks.labels import LabelError, decode_label, label_table
 
 @TRANSFORMS.register_module()
 class LoadCheckedAnnotations(LoadAnnotations):
-    """mmseg's ``LoadAnnotations``, same arguments and results, which rejects labels that mmseg accepts silently.
+    """mmseg's ``LoadAnnotations``, same arguments and labels, which rejects labels that mmseg would misread.
 
-    It raises DataError with the label's path if the file cannot be read, does not hold class ids (several channels,
-    values above 255) or has another size than the image. Without ``seg_map_path`` in the results it does nothing, so
-    that ``inference_model`` and ``MMSegInferencer`` can run pipelines that contain it.
+    It raises DataError with the label's path if the file cannot be read, has several channels or values above 255, or
+    has another size than the image. Without ``seg_map_path`` in the results it does nothing. So ``inference_model`` and
+    ``MMSegInferencer`` can run pipelines that contain it.
     """
 
     def transform(self, results: dict) -> dict:
@@ -34,14 +34,14 @@ class LoadCheckedAnnotations(LoadAnnotations):
         size = results.get('ori_shape', label.shape)
         if label.shape != tuple(size):
             raise DataError(
-                f'{path}: the label is {label.shape[1]} x {label.shape[0]} pixels and its image '
-                f'{size[1]} x {size[0]}; make both the same size'
+                f'{path}: the label is {label.shape[1]} x {label.shape[0]} pixels, its image {size[1]} x {size[0]}; '
+                'make both the same size'
             )
         if self.reduce_zero_label is None:
             self.reduce_zero_label = results['reduce_zero_label']
         if self.reduce_zero_label != results['reduce_zero_label']:
             raise DataError(
-                f'{path}: reduce_zero_label is {self.reduce_zero_label} in LoadCheckedAnnotations and '
+                f'{path}: reduce_zero_label is {self.reduce_zero_label} in LoadCheckedAnnotations, but '
                 f'{results["reduce_zero_label"]} in the data set; set it in the data set only'
             )
         table = label_table(self.reduce_zero_label, results.get('label_map'))
@@ -51,16 +51,16 @@ class LoadCheckedAnnotations(LoadAnnotations):
 
 @TRANSFORMS.register_module()
 class LoadCheckedImage(LoadImageFromFile):
-    """mmcv's ``LoadImageFromFile``, same arguments, whose errors are DataErrors with the image's path.
+    """mmcv's ``LoadImageFromFile``, same arguments, which raises DataError with the image's path.
 
-    For training pipelines: ``MMSegInferencer`` looks for ``LoadImageFromFile`` by name in the test pipeline.
+    Use it in training pipelines only: ``MMSegInferencer`` needs ``LoadImageFromFile`` itself in the test pipeline.
     """
 
     def transform(self, results: dict) -> dict | None:
         """Add ``img`` (H, W, 3), ``img_shape`` and ``ori_shape``."""
         try:
             return super().transform(results)
-        except Exception as error:  # decoders raise nearly anything on broken data
+        except Exception as error:  # decoders may raise anything on broken data
             path = results['img_path']
             reason = 'cut off or damaged' if isinstance(error, AssertionError | cv2.error) else error
             raise DataError(f'{path}: the image cannot be read ({reason}); restore or remove the file') from error

@@ -1,1 +1,1 @@
-"""Training: runner, loop, checkpoints, optimizer, several processes."""
+"""Training: runner, loop, checkpoints, optimizer, distributed runs."""

@@ -2,10 +2,10 @@
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
 from weakref import WeakKeyDictionary
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..checkpoints.writing import finish, remove_parts, replace_text, save_error, write
 from ..errors import SaveError, TrainingStopped
+from ..utils.signals import StopSignals
 from ..utils.unwrap import bare_model
 from ..version import __version__
 from .loop import ResumableTrainLoop
@@ -32,12 +33,15 @@ _CONFIG_TEXTS: WeakKeyDictionary[Runner, str] = WeakKeyDictionary()
 
 
 def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_scheduler: bool = True) -> dict | None:
-    """What mmengine's checkpoints hold, by reference: nothing is copied, tensors stay on their device.
+    """Collect what an mmengine checkpoint holds. Unsharded tensors are not copied and stay on their device.
 
     Args:
-        runner: all of its processes must call this where the weights are shards; only the first gets something.
+        runner: the runner. If its model is sharded, all ranks must call this.
         meta: ``epoch`` and ``iter``; completed in place as in :meth:`mmengine.runner.Runner.save_checkpoint`.
-        save_optimizer, save_param_scheduler: whether they go into it.
+        save_optimizer, save_param_scheduler: whether to include their states.
+
+    Returns:
+        The checkpoint on rank 0, None on the other ranks.
     """
     meta.update(
         cfg=_config_text(runner),
@@ -73,24 +77,24 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
 
 
 def _config_text(runner: Runner) -> str:
-    """Laid out once for a run: that takes longer than writing a small checkpoint."""
+    """Format the config once per run, because that takes longer than writing a small checkpoint."""
     if runner not in _CONFIG_TEXTS:
         _CONFIG_TEXTS[runner] = runner.cfg.pretty_text
     return _CONFIG_TEXTS[runner]
 
 
 class Writer:
-    """Saves checkpoints, training going on while the disk works: only :func:`write` holds it up."""
+    """Save checkpoints in a thread: training waits only for :func:`write`, not for the disk."""
 
     def __init__(self):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
         self._running: Future | None = None
 
     def save(self, checkpoint: dict, path: str | Path, then: Callable[[], None]) -> None:
-        """Save a checkpoint, after the one before; ``then`` is called when it stands in its place.
+        """Save a checkpoint, and call ``then`` when the file is in its place. Waits for the previous save first.
 
         Raises:
-            SaveError: this one could not be written, or the one before not be finished.
+            SaveError: this checkpoint could not be written, or the previous save failed.
         """
         self.wait()
         part = write(checkpoint, path)
@@ -106,11 +110,11 @@ class Writer:
 
     @property
     def failed(self) -> bool:
-        """Whether the last one is known to have failed; :meth:`wait` then raises its error."""
+        """Whether the last save has failed already; :meth:`wait` then raises its error."""
         return self._running is not None and self._running.done() and self._running.exception() is not None
 
     def wait(self) -> None:
-        """Wait for the last one; raises SaveError if it failed."""
+        """Wait for the last save; raise SaveError if it failed."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -121,42 +125,45 @@ _STOP, _FAILED = 1, 2
 
 @HOOKS.register_module()
 class AtomicCheckpointHook(CheckpointHook):
-    """mmengine's CheckpointHook, same arguments, whose checkpoints survive whatever happens to the run.
+    """mmengine's CheckpointHook, same arguments, with atomic files and a checkpoint on SIGTERM and SIGINT.
 
-    A checkpoint is whole before it gets its name and before outdated ones are removed. Training goes on while the disk
-    works (:mod:`mmseg_volo.checkpoints.writing`). On SIGTERM and SIGINT, which Slurm, a spot machine and Ctrl-C send,
-    the hook saves one more checkpoint, and training ends with :class:`TrainingStopped`; a second SIGINT ends it at
-    once. An error in writing is raised in every rank. A folder that is not on a local path is left to mmengine.
+    A checkpoint is complete before it gets its name and before older ones are removed. Training continues while the
+    disk works (:mod:`mmseg_volo.checkpoints.writing`). On SIGTERM or SIGINT (Slurm, a spot machine, Ctrl-C) the hook
+    saves one more checkpoint and ends training with :class:`TrainingStopped`; a second SIGINT ends it at once. A failed
+    save raises SaveError on every rank. If the folder is not on a local disk, mmengine saves as usual.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._writer = Writer()
-        self._signal: int | None = None
-        self._handlers: dict[int, object] = {}
+        self._signals = StopSignals(notice='a checkpoint will be saved, then training ends')
+        self._active_signals = ExitStack()
         self._agreement: tuple[Tensor, dist.Work] | None = None
         self._saved_step = -1
         self._outdated_best: list[Path] = []
 
     def before_train(self, runner: Runner) -> None:
-        """As in mmengine; removes what a killed run left half-written, and listens to signals from here on."""
+        """As in mmengine; also remove partial files of a killed run, and start to handle signals."""
         super().before_train(runner)
         if isinstance(self.file_backend, LocalBackend):
             if is_main_process():
                 remove_parts(self.out_dir)
             self._follow_moved_folder()
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+        self._active_signals.enter_context(self._signals)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Save when it is time to, or when a signal came; raises TrainingStopped then, SaveError if it failed."""
+        """Save when a checkpoint is due.
+
+        Raises:
+            TrainingStopped: a signal arrived, and a checkpoint was saved.
+            SaveError: a save failed.
+        """
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        state = self._agree(_FAILED if self._writer.failed else _STOP if self._signal else 0)
+        state = self._agree(_FAILED if self._writer.failed else _STOP if self._signals.received else 0)
         if state == _FAILED:
             self._raise_everywhere(self._wait())
         step = runner.iter + 1
-        # Gradients that are being accumulated are in no checkpoint.
+        # A checkpoint does not hold partly accumulated gradients, so wait for the optimizer's step.
         if state == _STOP and should_update(runner.optim_wrapper):
             if self._saved_step != step:
                 self._save_in_between(runner, step)
@@ -171,7 +178,7 @@ class AtomicCheckpointHook(CheckpointHook):
     def before_val_epoch(self, runner: Runner) -> None:
         """Wait for the pending write: forking validation workers while a thread runs is unsafe.
 
-        All ranks also take the buffers of the first one, which are those that are saved; SyncBN's are the same anyway.
+        All ranks also take the buffers of rank 0, which are those that are saved; those of SyncBN are equal anyway.
         """
         self._raise_everywhere(self._wait())
         if is_distributed() and not isinstance(runner.model, VOLOFullyShardedDataParallel):
@@ -179,57 +186,52 @@ class AtomicCheckpointHook(CheckpointHook):
                 broadcast(buffer)
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Stop a validation within training when a signal came: going on, it will be repeated."""
-        # Processes may validate unequal numbers of batches, so each heeds its own signal, and none waits for another.
-        # Shards can be gathered by all together only: then training saves at its next iteration.
-        if self._signal and self._handlers and not isinstance(runner.model, VOLOFullyShardedDataParallel):
+        """Stop a validation during training when a signal arrives; it is rerun on resume."""
+        # Ranks may validate different numbers of batches, so each acts on its own signal, and none waits for another.
+        # A sharded model needs all ranks to save, so there training saves after its next iteration.
+        if self._signals.received and not isinstance(runner.model, VOLOFullyShardedDataParallel):
             if is_main_process() and self._saved_step != runner.iter:
                 self._save_in_between(runner, runner.iter, alone=True)
             self._stop(runner.iter, alone=True)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        """As in mmengine; what is saved from here on knows that this validation is done."""
+        """As in mmengine; also note in later checkpoints that this validation is done."""
         runner.message_hub.update_info('measured_iter', runner.iter)
         super().after_val_epoch(runner, metrics)
 
     def after_train(self, runner: Runner) -> None:
-        """Wait until the last checkpoint stands."""
+        """Wait for the last save."""
         self._end_agreement()
         self._raise_everywhere(self._wait())
         self.release()
         super().after_train(runner)
 
     def release(self) -> None:
-        """Give signals back to who had them; for a run that ends by an error, too."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
-
-    def _on_signal(self, number: int, frame) -> None:
-        if self._signal == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self._signal = number
-        os.write(2, f'\n{signal.Signals(number).name}: a checkpoint will be saved, then training ends\n'.encode())
+        """Restore the previous signal handlers, also when training ends with an error."""
+        self._active_signals.close()
 
     def _save_in_between(self, runner: Runner, step: int, alone: bool = False) -> None:
         meta = dict(epoch=runner.epoch, iter=step)
-        # Where files are named by epochs, this one belongs to none.
+        # If files are named by epoch, name this one by its iteration.
         self._save_checkpoint_with_step(runner, step, meta, alone, f'iter_{step}.pth' if self.by_epoch else None)
 
     def _stop(self, step: int, alone: bool = False) -> NoReturn:
         error = self._wait()
-        # Nobody leaves before the first process has saved: a launcher ends the others with the first that leaves.
+        # No rank may exit before rank 0 has saved: when one exits, the launcher kills the others.
         if not alone:
             self._end_agreement()
             self._raise_everywhere(error)
         elif error:
             raise error
+        number = self._signals.received
         self.release()
-        name = signal.Signals(self._signal).name if self._signal else 'a signal to another process'
-        raise TrainingStopped(f'stopped by {name} after iteration {step}, saved as {self.last_ckpt}; --resume goes on')
+        name = signal.Signals(number).name if number else 'a signal to another rank'
+        raise TrainingStopped(
+            f'stopped by {name} after iteration {step}, saved as {self.last_ckpt}; --resume continues from there'
+        )
 
     def _agree(self, state: int) -> int:
-        """The largest state of all processes, as of the iteration before, so that nobody waits for a GPU."""
+        """The largest state of all ranks one iteration ago, so that no rank waits for its GPU."""
         if not is_distributed() or get_dist_info()[1] == 1:
             return state
         before, device = self._agreement, 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
@@ -241,7 +243,7 @@ class AtomicCheckpointHook(CheckpointHook):
         return int(before[0])
 
     def _end_agreement(self) -> None:
-        """Wait for the exchange under way: a process that leaves in the midst of one can abort another."""
+        """Wait for the pending all-reduce: a rank that exits during it can abort another rank."""
         if self._agreement:
             self._agreement[1].wait()
             self._agreement = None
@@ -255,28 +257,28 @@ class AtomicCheckpointHook(CheckpointHook):
 
     @staticmethod
     def _raise_everywhere(error: SaveError | None) -> None:
-        """Raise the first process's error in all of them."""
-        told = [str(error) if error else None]
+        """Raise the error of rank 0 on all ranks."""
+        message = [str(error) if error else None]
         if is_distributed():
-            broadcast_object_list(told)
-        if told[0]:
-            raise error or SaveError(told[0])
+            broadcast_object_list(message)
+        if message[0]:
+            raise error or SaveError(message[0])
 
     def _save_checkpoint_with_step(
         self, runner: Runner, step: int, meta: dict, alone: bool = False, name: str | None = None
     ) -> None:
-        """In place of mmengine's, which removes before it saves.
+        """Save, then remove old files; mmengine removes first.
 
         Args:
-            runner, step, meta: as there.
-            alone: other processes do not take part.
-            name: of a file that is not counted among those to keep.
+            runner, step, meta: as in mmengine.
+            alone: save without the other ranks.
+            name: file name of a checkpoint that does not count for ``max_keep_ckpts``.
         """
         if not isinstance(self.file_backend, LocalBackend):
             super()._save_checkpoint_with_step(runner, step, meta)
             return
-        if isinstance(self.file_backend, _RemovalsNoted):
-            self.file_backend.again = True
+        if isinstance(self.file_backend, _RemovalRecorder):
+            self.file_backend.save_again = True
             return
         outdated, self._outdated_best = self._outdated_best, []
         if self.max_keep_ckpts > 0 and name is None and step not in self.keep_ckpt_ids:
@@ -290,7 +292,7 @@ class AtomicCheckpointHook(CheckpointHook):
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         checkpoint = collect(runner, meta, self.save_optimizer, self.save_param_scheduler)
 
-        def settle():
+        def update_folder():
             replace_text(Path(runner.work_dir, 'last_checkpoint'), str(path))
             for file in outdated:
                 file.unlink(missing_ok=True)
@@ -298,7 +300,7 @@ class AtomicCheckpointHook(CheckpointHook):
         error = None
         if is_main_process():
             try:
-                self._writer.save(checkpoint, path, settle)
+                self._writer.save(checkpoint, path, update_folder)
             except SaveError as caught:
                 error = caught
         if not alone:
@@ -307,22 +309,22 @@ class AtomicCheckpointHook(CheckpointHook):
             raise error
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        """As in mmengine, which removes the best one before it saves the new one: here that comes last."""
+        """As in mmengine, but remove the previous best file only after the new one is saved."""
         if not self.save_best or not isinstance(self.file_backend, LocalBackend):
             super()._save_best_checkpoint(runner, metrics)
             return
-        backend, self.file_backend = self.file_backend, _RemovalsNoted()
+        backend, self.file_backend = self.file_backend, _RemovalRecorder()
         error = None
         try:
             super()._save_best_checkpoint(runner, metrics)
         except SaveError as caught:
             error = caught
         finally:
-            noted, self.file_backend = self.file_backend, backend
+            recorder, self.file_backend = self.file_backend, backend
         self._raise_everywhere(error)
         best = [Path(path) for path in self._best_paths() if path]
-        self._outdated_best += [path for path in noted.removed if path not in best]
-        if noted.again:  # as mmengine does: the last checkpoint learns of the new best one
+        self._outdated_best += [path for path in recorder.removed if path not in best]
+        if recorder.save_again:  # as in mmengine: the last checkpoint notes the new best one
             meta = dict(epoch=runner.epoch, iter=runner.iter)
             self._save_checkpoint_with_step(runner, runner.epoch if self.by_epoch else runner.iter, meta)
 
@@ -332,7 +334,7 @@ class AtomicCheckpointHook(CheckpointHook):
         return [getattr(self, 'best_ckpt_path', None)]
 
     def _follow_moved_folder(self) -> None:
-        """The best checkpoint so far is noted with the folder it was saved to, which may have been moved."""
+        """Correct the folder in the paths of the best checkpoints, in case the work dir was moved."""
         if getattr(self, 'best_ckpt_path', None):
             self.best_ckpt_path = os.path.join(self.out_dir, os.path.basename(self.best_ckpt_path))
         for key, path in getattr(self, 'best_ckpt_path_dict', {}).items():
@@ -340,12 +342,12 @@ class AtomicCheckpointHook(CheckpointHook):
                 self.best_ckpt_path_dict[key] = os.path.join(self.out_dir, os.path.basename(path))
 
 
-class _RemovalsNoted(LocalBackend):
-    """Notes what is to be removed, and whether a checkpoint is to be saved once more."""
+class _RemovalRecorder(LocalBackend):
+    """Record which files mmengine removes, and whether it saves the last checkpoint again."""
 
     def __init__(self):
         self.removed: list[Path] = []
-        self.again = False
+        self.save_again = False
 
     def remove(self, filepath: str | Path) -> None:
         self.removed.append(Path(filepath))

@@ -1,8 +1,8 @@
-"""Several processes on one or more machines: start them on gloo, and detect a lost rank.
+"""Start distributed runs on gloo, and detect a lost rank.
 
-A collective on a GPU waits for a dead rank until NCCL's own limit of ten minutes, and a rank that ends by an error does
-not tell the others why. So a thread of each rank sends a heartbeat to the store of the process group, listens for the
-other ranks, and ends its own process with a clear message when one falls silent or reports an error.
+A collective on a GPU waits for a dead rank until NCCL's limit of ten minutes, and a rank that fails does not tell the
+others why. So a thread of each rank sends a heartbeat to the store of the process group and watches the other ranks. It
+ends its own process with a clear message when another rank falls silent or reports an error.
 """
 
 import os
@@ -16,23 +16,21 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-import torch
-import torch.distributed
 import torch.distributed as dist
 
 from ..errors import ProcessLost
 
-_BEAT = 2.0  # seconds
-_GRACE = 8.0  # seconds for the main thread to come up with an error of its own
-_DONE = 2**40
+_BEAT = 2.0  # seconds between heartbeats
+_GRACE = 8.0  # seconds for the main thread to raise its own error
+_DONE = 2**40  # added to a rank's count of heartbeats when it ends normally
 _SECONDARY = re.compile(r'gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|collective', re.IGNORECASE)
 
 
 class Watch:
-    """Watches over the processes of a run, from its making until :meth:`close`.
+    """Watch the other ranks of a run until :meth:`close`.
 
     Args:
-        patience: seconds of silence after which a process counts as lost.
+        patience: seconds of silence after which a rank counts as lost.
     """
 
     def __init__(self, patience: float = 40.0):
@@ -53,27 +51,27 @@ class Watch:
         self._thread.start()
 
     def report(self, error: BaseException) -> ProcessLost | None:
-        """Tell the others that this process ends by ``error``.
+        """Tell the other ranks that this one ends with ``error``.
 
         Returns:
-            The error to raise in its place, where it only follows from what happened to another process.
+            The error to raise instead, if ``error`` is only a consequence of what happened to another rank.
         """
         if isinstance(error, RuntimeError) and _SECONDARY.search(f'{type(error).__name__} {error}'):
             reason = 'the connection to another process is lost'
             with suppress(RuntimeError, ValueError):
                 deadline = time.monotonic() + 4 * _BEAT
-                while not (told := self._told()) and time.monotonic() < deadline:
+                while not (reported := self._reported()) and time.monotonic() < deadline:
                     time.sleep(_BEAT / 4)
-                reason = told or self._silent(2 * _BEAT) or reason
+                reason = reported or self._silent(2 * _BEAT) or reason
             return ProcessLost(reason)
-        with suppress(RuntimeError, ValueError):  # the store may have gone with the process that kept it
+        with suppress(RuntimeError, ValueError):  # the store is gone if the rank that holds it is gone
             if self._store.add('failed', 1) == 1:
                 text = (str(error).splitlines() or [''])[0]
                 self._store.set('why', f'process {self.rank} ended: {type(error).__name__}: {text}')
         return None
 
     def close(self) -> None:
-        """Stop watching: this process is done."""
+        """Stop watching, and tell the others that this rank ended normally."""
         self._closed.set()
         with suppress(RuntimeError, ValueError):
             self._store.add(f'beat{self.rank}', _DONE)
@@ -82,21 +80,22 @@ class Watch:
         while not self._closed.wait(_BEAT):
             try:
                 self._store.add(f'beat{self.rank}', 1)
-                lost = self._told() or self._silent(self.patience)
+                lost = self._reported() or self._silent(self.patience)
             except (RuntimeError, ValueError):
-                lost = 'the process that keeps the connections together is gone'
+                lost = 'the process that holds the store of the process group is gone'
             if lost and not self._closed.wait(_GRACE):
-                sys.stderr.write(f'error (process {self.rank}): {lost}. This process ends, too\n')
+                sys.stderr.write(f'error (process {self.rank}): {lost}. This process ends too\n')
                 sys.stderr.flush()
                 os._exit(1)
 
-    def _told(self) -> str | None:
+    def _reported(self) -> str | None:
+        """The first error that a rank reported."""
         if self._store.add('failed', 0) == 0:
             return None
         return self._store.get('why').decode()
 
     def _silent(self, patience: float) -> str | None:
-        """Which processes have not been heard of for so long."""
+        """A message that names the ranks without a heartbeat for ``patience`` seconds, if there are any."""
         now, silent = time.monotonic(), []
         for rank, (beats, since) in list(self._seen.items()):
             count = self._store.add(f'beat{rank}', 0)
@@ -106,11 +105,11 @@ class Watch:
                 silent.append(str(rank))
         if not silent:
             return None
-        return f'process {", ".join(silent)} fell silent: it was killed, or its host or the network is gone'
+        return f'process {", ".join(silent)} fell silent: it was killed, or its host or network is down'
 
 
 def watch_over(patience: float) -> Watch | None:
-    """A :class:`Watch` where there are several processes that can reach a common store, else None."""
+    """Start a :class:`Watch` if there are several ranks that can reach a common store."""
     if not dist.is_initialized() or dist.get_world_size() == 1 or 'MASTER_ADDR' not in os.environ:
         return None
     try:
@@ -120,6 +119,7 @@ def watch_over(patience: float) -> Watch | None:
 
 
 def init_gloo(launcher: str) -> None:
+    """Initialise the default process group on gloo; ``launcher`` must be 'pytorch' or 'slurm'."""
     if launcher == 'slurm':
         os.environ.setdefault('MASTER_PORT', '29500')
         if 'MASTER_ADDR' not in os.environ:
@@ -140,13 +140,13 @@ def init_gloo(launcher: str) -> None:
     interface = _interface_to(os.environ.get('MASTER_ADDR', '127.0.0.1'))
     if interface:
         os.environ.setdefault('GLOO_SOCKET_IFNAME', interface)
-    torch.distributed.init_process_group('gloo')
+    dist.init_process_group('gloo')
 
 
 def _interface_to(host: str) -> str | None:
-    """Name of the network interface that leads to ``host``, None where it cannot be told (IPv6, not Linux).
+    """Name of the network interface that leads to ``host``, or None if unknown (IPv6, not Linux).
 
-    Gloo itself takes the one of the machine's own name, which often stands for loopback, where no other host gets in.
+    Gloo itself takes the interface of the machine's host name. That is often loopback, which other hosts cannot reach.
     """
     try:
         import fcntl

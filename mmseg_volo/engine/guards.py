@@ -1,4 +1,4 @@
-"""Hooks that stop or skip what would spoil a run: wrong labels, steps that are not finite, foreign checkpoints."""
+"""Hooks that protect a run from wrong labels, steps that are not finite, and checkpoints of another model."""
 
 from collections.abc import Iterable, Iterator
 
@@ -23,19 +23,19 @@ from .optim import should_update, wrappers_of
 class MatchingCheckpointHook(Hook):
     """Check a checkpoint against the model before it is loaded, for runners other than ``VOLORunner``.
 
-    In training what fits is loaded and the rest is logged. In a test a checkpoint of another model, or of classes with
-    other names, is refused, unless ``model.test_cfg.allow_mismatch`` is true.
+    Training loads what fits and logs the rest. A test rejects a checkpoint of another model or of other class names,
+    unless ``model.test_cfg.allow_mismatch`` is true.
     """
 
-    priority = 'VERY_HIGH'  # EMAHook, too, loads what was read
+    priority = 'VERY_HIGH'  # before EMAHook, which loads the content too
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Check what was read.
+        """Check the content of the file.
 
         Raises:
             CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`.
         """
-        if isinstance(runner._train_loop, BaseLoop):  # training has built it; a test leaves its config
+        if isinstance(runner._train_loop, BaseLoop):  # built in training; still a config in a test
             check_checkpoint(bare_model(runner.model), checkpoint, 'train')
         else:
             metainfo = getattr(runner.test_dataloader.dataset, 'metainfo', {})
@@ -44,13 +44,13 @@ class MatchingCheckpointHook(Hook):
 
 @HOOKS.register_module()
 class NonFiniteGuardHook(Hook):
-    """Skips the steps of the optimizer whose loss or gradient is not finite.
+    """Skip optimizer steps whose loss or gradient is not finite.
 
-    The weights, the optimizer's state and the running statistics of the norms stay as they were before that batch; the
-    learning rate goes on. All processes skip together. Steps that a loss scaler skips by itself count, too.
+    Weights, optimizer state and running statistics of norms stay as before that batch. The learning rate schedule
+    continues. All ranks skip together. Steps that a loss scaler skips are counted too.
 
     Args:
-        max_in_row: after so many of them without one that is finite, training ends with :class:`TrainingDiverged`.
+        max_in_row: after so many skipped steps in a row, training ends with :class:`TrainingDiverged`.
     """
 
     priority = 'VERY_HIGH'
@@ -64,7 +64,7 @@ class NonFiniteGuardHook(Hook):
         self._hooks: list = []
 
     def before_train(self, runner: Runner) -> None:
-        """Listen to the model's losses and the optimizer's steps."""
+        """Hook into the model's forward pass and the optimizer's steps."""
         model = bare_model(runner.model)
         optimizers = [one.optimizer for one in wrappers_of(runner.optim_wrapper)]
         self.in_row, self.total = runner.message_hub.runtime_info.get('skipped_steps', (0, 0))
@@ -74,25 +74,25 @@ class NonFiniteGuardHook(Hook):
         self._hooks += [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        """Keep the running statistics, which a forward pass changes before anyone sees its loss."""
-        self._loss, self._asked, self._skipped = None, False, False
+        """Keep a copy of the buffers: the forward pass changes running statistics before the loss is known."""
+        self._loss, self._step_called, self._skipped = None, False, False
         for kept, buffer in zip(self._kept, self._buffers, strict=True):
             kept.copy_(buffer)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Count; raises TrainingDiverged after too many in a row."""
-        if not self._skipped and not self._asked and should_update(runner.optim_wrapper):
-            self._skipped = True  # by a loss scaler, which found it before the optimizer was asked
+        """Count skipped steps; raise TrainingDiverged after too many in a row."""
+        if not self._skipped and not self._step_called and should_update(runner.optim_wrapper):
+            self._skipped = True  # a loss scaler skipped the step without a call to the optimizer
             if self._loss is not None and not torch.isfinite(self._loss):
                 self._restore()
         if self._skipped:
             self._count(runner, data_batch)
-        elif self._asked and self.in_row:
+        elif self._step_called and self.in_row:
             self.in_row = 0
             runner.message_hub.update_info('skipped_steps', (self.in_row, self.total))
 
     def after_train(self, runner: Runner) -> None:
-        """Leave model and optimizer as they were."""
+        """Remove the hooks from model and optimizer."""
         for hook in self._hooks:
             hook.remove()
 
@@ -102,22 +102,22 @@ class NonFiniteGuardHook(Hook):
         samples = data_batch.get('data_samples', []) if isinstance(data_batch, dict) else []
         files = ', '.join(str(getattr(sample, 'img_path', '?')) for sample in samples) or 'unknown'
         loss = 'unknown' if self._loss is None else f'{float(self._loss):g}'
-        what = (
-            f'iteration {runner.iter + 1}: loss or gradient not finite (loss of this process: {loss}), step skipped, '
-            f'{self.in_row} in a row, {self.total} in all; pictures: {files}'
+        message = (
+            f'iteration {runner.iter + 1}: loss or gradient not finite (loss on this rank: {loss}), step skipped, '
+            f'{self.in_row} in a row, {self.total} in all; images: {files}'
         )
         if self.in_row < self.max_in_row:
-            runner.logger.warning(what)
+            runner.logger.warning(message)
             return
         last = runner.message_hub.runtime_info.get('last_ckpt') or 'none yet'
         raise TrainingDiverged(
-            f'{what}. Training ends here. Last good checkpoint: {last}. Lower the learning rate, set '
-            'optim_wrapper.clip_grad=dict(max_norm=1.0), or train in bfloat16 or float32 where it was float16; look at '
-            'the pictures if it is always the same ones.'
+            f'{message}. Training ends here. Last good checkpoint: {last}. Lower the learning rate, set '
+            'optim_wrapper.clip_grad=dict(max_norm=1.0), or use bfloat16 or float32 instead of float16. If it is '
+            'always the same images, look at them.'
         )
 
     def _after_forward(self, model, inputs, outputs) -> None:
-        if isinstance(outputs, dict):  # losses; predictions are no dict
+        if isinstance(outputs, dict):  # losses; predictions are not a dict
             parts = [
                 part.detach().float().sum()
                 for name, value in outputs.items()
@@ -129,7 +129,7 @@ class NonFiniteGuardHook(Hook):
                 self._loss = loss if self._loss is None else self._loss + loss
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-        self._asked = True
+        self._step_called = True
         parameters = [p for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
         if not parameters:
             return
@@ -141,7 +141,7 @@ class NonFiniteGuardHook(Hook):
         if is_distributed():
             dist.all_reduce(finite, dist.ReduceOp.MIN)
         if not finite:
-            # An optimizer leaves parameters without a gradient alone, decay and momentum included.
+            # An optimizer does not change parameters without a gradient, not even by decay or momentum.
             for parameter in parameters:
                 parameter.grad = None
             self._skipped = True
@@ -155,14 +155,14 @@ class NonFiniteGuardHook(Hook):
 
 @HOOKS.register_module()
 class LabelGuardHook(Hook):
-    """Raise DataError before a batch whose labels the model cannot learn from or be measured with.
+    """Raise DataError before a batch with label values that are not classes of the model.
 
-    In training such a label ends in a bare "target is out of bounds" or a GPU assert, in validation in a wrong mIoU.
-    Takes about 0.3 ms per megapixel of labels.
+    Without this check such a label ends training with "target is out of bounds" or a GPU assert, and gives a wrong mIoU
+    in validation. The check takes about 0.3 ms per megapixel.
 
     Args:
-        max_unlabelled: training batches in a row without one labelled pixel after which the run stops. Their loss is
-            0 and their accuracy 100 %, which looks like success.
+        max_unlabelled: raise after so many training batches in a row without a labelled pixel. Their loss of 0 and
+            accuracy of 100 % look like success.
     """
 
     priority = 'VERY_HIGH'
@@ -179,8 +179,8 @@ class LabelGuardHook(Hook):
         self._unlabelled = 0 if any(labelled for _, labelled in found) else self._unlabelled + 1
         if self._unlabelled >= self.max_unlabelled:
             raise DataError(
-                f'{_path(found[-1][0])}: the labels of {self._unlabelled} training batches in a row, of which this is '
-                'the last, hold no labelled pixel; check the labels and reduce_zero_label with tools/check_data.py'
+                f'{_path(found[-1][0])}: the labels of {self._unlabelled} training batches in a row have no labelled '
+                'pixel, and this file is in the last one; check labels and reduce_zero_label with tools/check_data.py'
             )
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch: dict | None = None) -> None:
@@ -194,37 +194,37 @@ class LabelGuardHook(Hook):
 
     @staticmethod
     def _check(runner: Runner, data_batch: dict | None) -> Iterator[tuple[SegDataSample, bool]]:
-        """Each sample that has a label, with whether it has labelled pixels; raises at one that does not fit."""
+        """Yield each sample that has a label, and whether it has labelled pixels; raise DataError at a wrong label."""
         head = getattr(bare_model(runner.model), 'decode_head', None)
-        head = head[-1] if isinstance(head, nn.ModuleList) else head  # of a cascade the last one decides
+        head = head[-1] if isinstance(head, nn.ModuleList) else head  # the last head of a cascade predicts
         classes, ignore = getattr(head, 'num_classes', None), getattr(head, 'ignore_index', 255)
         if classes is None or not isinstance(data_batch, dict):
             return
         seen = set()
         for sample in _flat(data_batch.get('data_samples') or []):
-            # The views of test-time augmentation carry one label ten times.
+            # With test-time augmentation all views of an image carry the same label.
             if 'gt_sem_seg' not in sample or (path := sample.get('seg_map_path')) in seen:
                 continue
             seen.update({path} - {None})
             label = sample.gt_sem_seg.data.cpu().numpy()
             low, high = int(label.min(initial=ignore)), int(label.max(initial=ignore))
             if low < 0 or (high >= classes and _highest(label, high, ignore) >= classes):
-                _refuse(sample, label, classes, ignore)
+                _raise_for(sample, label, classes, ignore)
             yield sample, not low == high == ignore
 
 
 def _highest(label: np.ndarray, high: int, ignore: int) -> int:
-    """The highest value besides ``ignore``, given the highest of all."""
+    """Highest value except ``ignore``; ``high`` is the highest of all."""
     if high == ignore == 255:
-        # 255 wraps to 0 and the others grow by 1: two passes over single bytes instead of a mask over int64.
+        # Adding 1 wraps 255 to 0. This is two passes over single bytes instead of a mask over int64.
         return int((label.astype(np.uint8) + np.uint8(1)).max()) - 1
     return high if high != ignore else int(np.max(label, initial=-1, where=label != ignore))
 
 
-def _refuse(sample: SegDataSample, label: np.ndarray, classes: int, ignore: int) -> None:
+def _raise_for(sample: SegDataSample, label: np.ndarray, classes: int, ignore: int) -> None:
     values, counts = np.unique(label, return_counts=True)
     wrong = ((values < 0) | (values >= classes)) & (values != ignore)
-    if not wrong.any():  # a negative ignore_index
+    if not wrong.any():  # the negative value is ignore_index
         return
     reduced = bool(sample.get('reduce_zero_label'))
     pixels = ', '.join(f'{v} ({n} pixels)' for v, n in zip(values[wrong][:5], counts[wrong][:5], strict=True))

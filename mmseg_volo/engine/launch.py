@@ -1,4 +1,4 @@
-"""``python -m mmseg_volo.engine.launch [OPTIONS] SCRIPT ...``: torchrun, with the exit status of the processes."""
+"""``python -m mmseg_volo.engine.launch [OPTIONS] SCRIPT ...``: torchrun that returns the exit status of the script."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ def main() -> int:
     """Run torchrun.
 
     Returns:
-        ``TrainingStopped.exit_code`` where training was stopped by a signal and is saved, else the first failed
-        process's status.
+        0, ``TrainingStopped.exit_code`` if a signal stopped training after a save, or the status of the first failed
+        process.
     """
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder, 'stopped')
@@ -32,7 +32,7 @@ def main() -> int:
             print(error, file=sys.stderr)
             code = error.get_first_failure()[1].exitcode
             return code if code > 0 else 128 - code
-        except SignalException as error:  # torchrun passed it on, and its processes have ended
+        except SignalException as error:  # torchrun forwarded the signal, and its processes have ended
             return TrainingStopped.exit_code if note.exists() else 128 + signal.Signals(error.sigval)
 
 

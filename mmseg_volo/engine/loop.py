@@ -1,9 +1,9 @@
-"""Training whose result does not depend on where it was interrupted.
+"""Sampler and loop of a training run that can be resumed exactly.
 
-The random numbers of an iteration are a function of the seed, the iteration and the rank. The random numbers of an
-image's augmentation are a function of the seed and the image's place in the stream of all images. So nothing has to be
-kept or replayed to resume exactly: neither the number of workers nor what ran in between (a validation, a restart)
-matters. Several ranks see the same images with the same augmentation as one rank with the same total batch.
+The random numbers of an iteration depend only on the seed, the iteration and the rank. The random numbers of an image's
+augmentation depend only on the seed and the image's position in the stream of all images. So an exact resume needs no
+saved random state and no replay, whatever the number of workers and whatever ran in between (a validation, a restart).
+Several ranks see the same images with the same augmentation as one rank with the same total batch.
 """
 
 import random
@@ -20,16 +20,16 @@ from mmengine.runner import IterBasedTrainLoop
 from mmseg.registry import DATA_SAMPLERS, LOOPS
 from torch.utils.data import Dataset
 
-_IMAGES, _STEPS = 0, 1  # the two families of random numbers
+_IMAGES, _STEPS = 0, 1  # first part of the seed key: augmentation of an image, or a training step
 
 
 class Draw(int):
-    """An index into a data set with the seed of its augmentation."""
+    """An index into a data set, with the seed of the image's augmentation."""
 
     seed: int
 
     def __new__(cls, index: int, seed: int):
-        """An index and its seed."""
+        """Create an index with its seed."""
         draw = super().__new__(cls, index)
         draw.seed = seed
         return draw
@@ -40,27 +40,27 @@ class Draw(int):
 
 @DATA_SAMPLERS.register_module()
 class ResumableSampler(InfiniteSampler):
-    """mmengine's InfiniteSampler, with a seed for each image's augmentation. It can start anywhere.
+    """mmengine's InfiniteSampler, with a seed for each image's augmentation, and a start anywhere in the stream.
 
     Attributes:
-        start: how many images of this rank were drawn before.
+        start: number of images of this rank to skip.
     """
 
     start = 0
 
     def __iter__(self) -> Iterator[Draw]:
-        """Indices without end, each with its seed."""
+        """Yield indices without end, each with its seed."""
         stream = islice(self._indices_of_rank(), self.start, None)
-        for place, index in enumerate(stream, self.start):
-            yield Draw(index, _seed_of(_IMAGES, self.seed, place * self.world_size + self.rank))
+        for position, index in enumerate(stream, self.start):
+            yield Draw(index, _seed_of(_IMAGES, self.seed, position * self.world_size + self.rank))
 
     def skip(self, num_samples: int) -> None:
-        """Start after ``num_samples`` images of this rank, counted from the first of training."""
+        """Start after ``num_samples`` images of this rank, counted from the start of training."""
         self.start = num_samples
 
 
 class SeededDataset(Dataset):
-    """A data set whose random transforms follow the seed of each :class:`Draw`; in all else it is that data set."""
+    """Wrap a data set so that its random transforms use the seed of each :class:`Draw`; all else is passed through."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -71,58 +71,58 @@ class SeededDataset(Dataset):
     def __getitem__(self, index: int) -> Any:
         if not isinstance(index, Draw):
             return self.dataset[index]
-        with _random_state_kept():
+        with _restored_random_state():
             _set_seed(index.seed)
-            torch.default_generator.manual_seed(index.seed)  # the GPU's are the model's
+            torch.default_generator.manual_seed(index.seed)  # CPU only: the model uses the GPU's generators
             return self.dataset[int(index)]
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':  # not there yet: a copy is being made
+        if name == 'dataset':  # not set yet while the object is copied or unpickled
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __deepcopy__(self, memo: dict) -> 'SeededDataset':
-        return self  # mmengine copies the config that holds it, which is no reason to hold all annotations twice
+        return self  # mmengine deep-copies the config that holds it; that must not copy all annotations
 
 
 @LOOPS.register_module()
 class ResumableTrainLoop(IterBasedTrainLoop):
-    """mmengine's IterBasedTrainLoop, exact in resuming: with a :class:`ResumableSampler` in the data loader."""
+    """mmengine's IterBasedTrainLoop, which resumes exactly if the data loader has a :class:`ResumableSampler`."""
 
     def run(self) -> torch.nn.Module:
-        """Train, from the iteration that was resumed or from the first."""
+        """Train from the resumed iteration, or from the first one."""
         sampler, runner = self.dataloader.sampler, self.runner
         if isinstance(sampler, ResumableSampler) and self.dataloader.batch_size is not None:
-            # One seed for all ranks, the checkpoint's where the run goes on from one.
+            # The same seed on all ranks; a resumed run has it from the checkpoint.
             sampler.seed = runner.seed - runner.rank if runner._randomness_cfg.get('diff_rank_seed') else runner.seed
         else:
             print_log(
-                f'the sampler is {type(sampler).__name__}: resuming is exact with ResumableSampler only',
+                f'the sampler is {type(sampler).__name__}: only with ResumableSampler can training be resumed exactly',
                 logger='current',
             )
         return super().run()
 
     def run_iter(self, data_batch: dict) -> None:
-        """Train on one batch, with the random numbers of its iteration."""
+        """Train on one batch, with the random seed of its iteration."""
         seed_everything(_STEPS, self.runner.seed, self._iter, self.runner.rank)
         super().run_iter(data_batch)
 
     def validate_again(self) -> None:
-        """Validate now where validation is due at this iteration."""
+        """Run the validation if one is due at this iteration."""
         due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
         if self.runner.val_loop is not None and due and self._iter >= self.val_begin:
             self.runner.val_loop.run()
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's random numbers, the GPU's too, by some non-negative integers."""
+    """Seed Python, NumPy and PyTorch, GPUs included, from some non-negative integers."""
     seed = _seed_of(*key)
     _set_seed(seed)
     torch.manual_seed(seed)
 
 
 def _seed_of(*key: int) -> int:
-    """63 well-mixed bits: neighbouring keys have nothing in common."""
+    """Hash a key to 63 bits, so that neighbouring keys give unrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -132,7 +132,7 @@ def _set_seed(seed: int) -> None:
 
 
 @contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _restored_random_state() -> Iterator[None]:
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield

@@ -4,7 +4,6 @@ from contextlib import contextmanager
 from numbers import Real
 
 import torch
-import torch.distributed
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
@@ -17,11 +16,12 @@ from ..errors import ConfigError
 
 
 def should_update(wrapper: OptimWrapper | OptimWrapperDict) -> bool:
-    """Whether the iteration that just ended was one at whose end the optimizer steps, by gradient accumulation."""
+    """Whether the iteration that just ended includes an optimizer step; with gradient accumulation, some do not."""
     return all(one.should_update() for one in wrappers_of(wrapper))
 
 
 def wrappers_of(wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:
+    """The wrappers in an OptimWrapperDict, or the only one."""
     return [wrapper] if isinstance(wrapper, OptimWrapper) else list(wrapper.values())
 
 
@@ -29,22 +29,22 @@ def wrappers_of(wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:
 class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
     """mmengine's constructor, with layer-wise learning-rate decay (BEiT, arXiv:2106.08254) for the backbone.
 
-    A parameter of depth d out of n has ``lr * layer_decay_rate ** (n - 1 - d)``: the heads, the neck and the out norms
-    the whole rate, each block one factor less than the block above it. The rule and the option's name are those of
-    mmpretrain's ``LearningRateDecayOptimWrapperConstructor``. All of mmengine's ``paramwise_cfg`` stays as it is
-    (``custom_keys``, ``norm_decay_mult``, ...); the decay multiplies whatever learning rate it gives. Parameters of the
-    same options share one parameter group.
+    A parameter at depth d of n depths gets ``lr * layer_decay_rate ** (n - 1 - d)``. Heads, neck and output norms get
+    the full rate; each block gets the rate of the block above it times ``layer_decay_rate``. Rule and option name are
+    those of mmpretrain's ``LearningRateDecayOptimWrapperConstructor``. All other options of mmengine's
+    ``paramwise_cfg`` (``custom_keys``, ``norm_decay_mult``, ...) still apply; the decay multiplies their learning rate.
+    Parameters with equal options share a parameter group.
 
-    A schedule with a lowest rate, as PolyLR's ``eta_min``, holds for every group: set it to 0, or the lowest layers end
-    with more than they began with.
+    A schedule's minimum, such as PolyLR's ``eta_min``, holds for every group. Set it to 0, or the lowest layers end at
+    a higher rate than they began with.
 
     Args:
-        optim_wrapper_cfg: as in mmengine; ``optimizer.lr`` must be given.
-        paramwise_cfg: mmengine's options, and ``layer_decay_rate``, above 0 and at most 1; 1 decays nothing.
+        optim_wrapper_cfg: as in mmengine; ``optimizer.lr`` is required.
+        paramwise_cfg: mmengine's options, and ``layer_decay_rate``, above 0 and at most 1; 1 means no decay.
 
     Raises:
-        ConfigError: no rate, one out of its range, no ``optimizer.lr``, or a model whose backbone has no
-            ``get_layer_depth(name, prefix)``, which gives a parameter's depth and the number of depths.
+        ConfigError: ``layer_decay_rate`` is missing or out of range, ``optimizer.lr`` is missing, or the backbone has
+            no ``get_layer_depth(name, prefix)`` that returns a parameter's depth and the number of depths.
     """
 
     def _validate_cfg(self) -> None:
@@ -53,14 +53,14 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
         if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate <= 1:
             raise ConfigError(f'paramwise_cfg.layer_decay_rate must be a number above 0 and at most 1, got {rate!r}')
         if self.base_lr is None:
-            raise ConfigError('layer decay multiplies optimizer.lr, and the config gives none')
+            raise ConfigError('layer decay multiplies optimizer.lr, but the config has none')
 
     def add_params(
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
     ) -> None:
         """Append the parameter groups of ``module`` to ``params``."""
         super().add_params(params, module, prefix, is_dcn_module)
-        if prefix:  # mmengine comes here again for each child; the whole model's groups are complete at the end
+        if prefix:  # mmengine calls this for each child too; only the outermost call has all groups
             return
         depth_of = getattr(getattr(module, 'backbone', None), 'get_layer_depth', None)
         if depth_of is None:
@@ -70,7 +70,7 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
         rate, groups = self.paramwise_cfg['layer_decay_rate'], []
         for single in params:  # one parameter each
             depth, depths = depth_of(names[single['params'][0]], prefix='backbone.')
-            # Both multipliers are in lr and weight_decay already: they tell no groups apart.
+            # lr and weight_decay include both multipliers already.
             options = {k: v for k, v in single.items() if k not in ('params', 'lr_mult', 'decay_mult')}
             options['lr'] = options.get('lr', self.base_lr) * rate ** (depths - 1 - depth)
             if self.base_wd is not None:
@@ -90,19 +90,19 @@ class VOLOLayerDecayConstructor(DefaultOptimWrapperConstructor):
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Mixed precision in bfloat16, on a GPU or a CPU. Its exponents are float32's, so the loss needs no scaling."""
+    """Mixed precision in bfloat16, on a GPU or a CPU. It has the range of float32, so the loss needs no scaling."""
 
     @contextmanager
     def optim_context(self, model: nn.Module):
-        """Run the forward pass under autocast, besides what :class:`OptimWrapper` does."""
+        """As in :class:`OptimWrapper`, with the forward pass under autocast."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield
 
 
 def use_amp(config: Config) -> None:
-    """Switch training to mixed precision: bfloat16, or float16 with loss scaling on a GPU that has no bfloat16.
+    """Switch training to mixed precision: bfloat16, or float16 with loss scaling on a GPU without bfloat16.
 
-    A config that names its own wrapper keeps it, and one with ``optim_wrapper.loss_scale`` gets float16 on a GPU.
+    A config with another wrapper type keeps it. A config with ``optim_wrapper.loss_scale`` gets float16 on a GPU.
     """
     optim = config.optim_wrapper
     if optim.get('type', 'OptimWrapper') == 'OptimWrapper':
@@ -114,5 +114,5 @@ def use_amp(config: Config) -> None:
 
 
 def _has_bfloat16() -> bool:
-    """Whether the GPU computes in bfloat16; older ones emulate it, slowly."""
+    """Whether the GPU computes in bfloat16; older GPUs emulate it slowly."""
     return torch.cuda.is_bf16_supported(including_emulation=False)

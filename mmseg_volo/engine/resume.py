@@ -1,4 +1,4 @@
-"""Find the checkpoint from which an interrupted run goes on."""
+"""Find the checkpoint from which an interrupted run continues."""
 
 import re
 from collections.abc import Iterable
@@ -12,20 +12,20 @@ _NAME = re.compile(r'(iter|epoch)_(\d+)\.pth')
 
 
 def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> tuple[str, dict] | None:
-    """The newest whole checkpoint of a training run.
+    """Find and read the newest complete checkpoint of a training run.
 
-    Newest is what was saved last, by the time noted inside the file. Neither ``last_checkpoint``, which may be missing
-    or name a folder that was moved, nor the times of the files are needed. The tensors of one file are read, once.
+    The time noted inside each file decides, not the file's own time, which copying changes, and not the file
+    ``last_checkpoint``, which may be missing or name a folder that was moved. Only the chosen file's tensors are read.
 
     Args:
         folders: where to look.
-        logger: told of every file that is passed over, and why.
+        logger: logs each file that is skipped, and why.
 
     Returns:
-        Its path and its content, or None where there is no checkpoint at all.
+        Path and content of the checkpoint, or None if there is none at all.
 
     Raises:
-        CheckpointError: there are checkpoints, and none of them is whole.
+        CheckpointError: there are checkpoints, but none is complete.
     """
     files = {file for folder in folders if folder.is_dir() for file in folder.iterdir() if _NAME.fullmatch(file.name)}
     broken: list[str] = []
@@ -43,33 +43,33 @@ def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> tuple[str, dic
             broken.append(str(error))
             continue
         for error in broken:
-            logger.warning(f'RESUME: passed over {error}')
-        logger.info(f'RESUME: going on from {file}, the newest whole one of {len(files)} checkpoints')
+            logger.warning(f'RESUME: skipped {error}')
+        logger.info(f'RESUME: continuing from {file}, the newest complete one of {len(files)} checkpoints')
         return str(file), content
     if broken:
         raise CheckpointError(
-            f'--resume: none of {len(broken)} checkpoints is whole: {"; ".join(broken)}. Copy them again, or move them '
-            'away to start from zero.'
+            f'--resume: none of {len(broken)} checkpoints is complete: {"; ".join(broken)}. Copy them again, or move '
+            'them away to start from iteration 0.'
         )
     return None
 
 
 def check_resumable(content: dict, file: Path) -> None:
-    """Raises CheckpointError unless training can go on from what ``file`` holds."""
+    """Raise CheckpointError unless ``content``, read from ``file``, holds the state of a training run."""
     missing = [key for key in ('meta', 'state_dict', 'optimizer', 'message_hub') if key not in content]
     if missing or 'iter' not in content['meta']:
         raise CheckpointError(
             f'{file}: holds weights, but no state of a training run ({", ".join(missing) or "iteration"} missing); to '
-            'start from these weights give --cfg-options load_from=FILE in place of --resume'
+            'start from these weights, use --cfg-options load_from=FILE instead of --resume'
         )
     name, meta = _NAME.fullmatch(file.name), content['meta']
     if name and meta.get(name[1]) != int(name[2]):
         raise CheckpointError(
-            f'{file}: was saved at {name[1]} {meta.get(name[1])}, its name says {name[2]}; give it its name back'
+            f'{file}: was saved at {name[1]} {meta.get(name[1])}, but its name says {name[2]}; restore its name'
         )
 
 
 def _saved_at(file: Path) -> tuple[float, int]:
-    """When a checkpoint was saved, and at which iteration, without reading its tensors."""
+    """Time and iteration at which a checkpoint was saved; its tensors are not read."""
     meta = read_meta(file)
     return meta.get('saved_at', file.stat().st_mtime), meta.get('iter', 0)

@@ -1,4 +1,4 @@
-"""Runner for any device, which resumes after an interruption."""
+"""Build the runner: training on any device, and resuming after an interruption."""
 
 import atexit
 import importlib.util
@@ -31,31 +31,32 @@ from .checkpoint_hook import AtomicCheckpointHook, collect
 from .distributed import init_gloo, watch_over
 from .loop import SeededDataset, seed_everything
 from .resume import check_resumable, newest_checkpoint
-from .sharding import VOLOFullyShardedDataParallel, share_optimizer_state, whole_parameters
+from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole_parameters
 
 
 @RUNNERS.register_module()
 class VOLORunner(Runner):
-    """mmengine's Runner, which also runs several processes without a GPU, and resumes what was interrupted.
+    """mmengine's Runner, which also supports distributed runs without a GPU, and safe resuming.
 
-    Without a GPU it starts the processes on gloo and wraps the model without device ids, where mmengine asks for CUDA;
-    SyncBN, which works on CUDA only, becomes BN, its running statistics taken from the first process.
+    Without a GPU, where mmengine would require CUDA, the process group uses gloo and the model is wrapped without
+    device ids. SyncBN, which needs CUDA, becomes BN; its running statistics are those of rank 0.
 
-    ``resume=True`` goes on from the newest whole checkpoint of the work dir, which may have been moved: what is broken
-    is passed over with a warning. Then no pretrained backbone is read, since the checkpoint replaces it.
+    ``resume=True`` continues from the newest complete checkpoint of the work dir, which may have been moved. Broken
+    files are skipped with a warning. The pretrained backbone is not read then, since the checkpoint replaces it.
     """
 
     _mode: Mode = 'infer'
-    _found: tuple[str, dict] | None = None  # the checkpoint to resume from, and its content, read already
+    _found: tuple[str, dict] | None = None  # path and content of the checkpoint to resume from, so that it is read once
 
     def train(self) -> nn.Module:
-        """As in mmengine.
+        """Train as mmengine does, after a quick check of the data sets.
 
         Raises:
-            ProcessLost: a worker or another process of the run was killed, in every process within a minute; the
-                seconds of silence that count as death are the config's ``watch_patience``, 40 where it has none.
+            ProcessLost: a data loader's worker or another rank was killed. Every rank raises it within a minute. A rank
+                counts as lost after ``watch_patience`` seconds of silence (a config key, 40 by default).
             DataError: the quick part of ``tools/check_data.py`` found a fault.
-            SaveError, TrainingDiverged, TrainingStopped: see :mod:`mmseg_volo.engine.checkpoint_hook`.
+            SaveError, TrainingStopped: see :mod:`mmseg_volo.engine.checkpoint_hook`.
+            TrainingDiverged: see :mod:`mmseg_volo.engine.guards`.
         """
         watch = watch_over(self.cfg.get('watch_patience', 40))
         try:
@@ -84,7 +85,7 @@ class VOLORunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
-        """As in mmengine, with augmentation by the seeds of a :class:`~mmseg_volo.engine.loop.ResumableSampler`."""
+        """As in mmengine; augmentation uses the seeds of a :class:`~mmseg_volo.engine.loop.ResumableSampler`."""
         if isinstance(dataloader, dict):
             dataset = dataloader['dataset']
             if isinstance(dataset, dict):
@@ -92,7 +93,7 @@ class VOLORunner(Runner):
             dataloader = dict(dataloader, dataset=SeededDataset(dataset))
             if dataloader.get('num_workers') and 'worker_init_fn' not in dataloader:
                 dataloader['worker_init_fn'] = dict(type=_init_worker, seed=seed, rank=get_rank())
-                dataloader.pop('disable_subprocess_warning', None)  # of the function that this one replaces
+                dataloader.pop('disable_subprocess_warning', None)  # an option of mmengine's worker_init_fn only
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
     def save_checkpoint(
@@ -106,12 +107,12 @@ class VOLORunner(Runner):
         by_epoch: bool = True,
         backend_args: dict | None = None,
     ) -> None:
-        """As in mmengine, whole or not at all (:mod:`mmseg_volo.checkpoints.writing`) where ``out_dir`` is a folder.
+        """As in mmengine, but atomic (:mod:`mmseg_volo.checkpoints.writing`) if ``out_dir`` is a local folder.
 
-        The first process saves; where the weights are shards, all must call this.
+        Rank 0 saves. If the model is sharded, all ranks must call this.
 
         Raises:
-            SaveError: it could not be written; what stood there is as it was.
+            SaveError: the file could not be written; an older file of that name is unchanged.
         """
         if file_client_args or not isinstance(get_file_backend(out_dir, backend_args=backend_args), LocalBackend):
             super().save_checkpoint(
@@ -132,7 +133,7 @@ class VOLORunner(Runner):
         resume_param_scheduler: bool = True,
         map_location: str | Callable = 'cpu',
     ) -> None:
-        """As in mmengine, but read to the CPU: a GPU has no room for everything twice."""
+        """As in mmengine, but read to the CPU, so that the GPU does not hold everything twice."""
         super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
 
     def load_checkpoint(
@@ -142,9 +143,9 @@ class VOLORunner(Runner):
         strict: bool = False,
         revise_keys: Sequence[tuple[str, str]] = ((r'^module.', ''),),
     ) -> dict:
-        """As in mmengine, after checking the file against the model.
+        """As in mmengine, after a check of the file against the model.
 
-        Training loads what fits and logs the rest. A test refuses a checkpoint of another model or of other classes. To
+        Training loads what fits and logs the rest. A test rejects a checkpoint of another model or of other classes. To
         resume, the file must hold the state of a training run.
 
         Raises:
@@ -171,33 +172,35 @@ class VOLORunner(Runner):
             before = checkpoint['meta'].get('world_size', self.world_size)
             if before != self.world_size:
                 self.logger.warning(
-                    f'RESUME: saved by {before} ranks, going on with {self.world_size}: other images from here on'
+                    f'RESUME: the checkpoint was saved by {before} ranks, and this run has {self.world_size}: from '
+                    'here on it sees other images'
                 )
             if isinstance(self.model, VOLOFullyShardedDataParallel):
-                checkpoint['optimizer'] = share_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
+                checkpoint['optimizer'] = shard_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
         return checkpoint
 
     def _find_resume_point(self) -> None:
         if not self._resume or (self._load_from is not None and not self.cfg.get('auto_resume')):
             return
-        # The first rank decides for all, since another's view of a shared folder may be older.
-        told = [None, None]
+        # Rank 0 decides for all ranks, since another host may see an older state of a shared folder.
+        path_and_error = [None, None]
         if is_main_process():
             try:
                 self._found = newest_checkpoint(self._checkpoint_folders(), self.logger)
-                told[0] = self._found and self._found[0]
+                path_and_error[0] = self._found and self._found[0]
             except CheckpointError as error:
-                told[1] = str(error)
-        broadcast_object_list(told)
-        if told[1]:
-            raise CheckpointError(told[1])
-        if told[0]:
-            self._load_from = told[0]
+                path_and_error[1] = str(error)
+        broadcast_object_list(path_and_error)
+        path, message = path_and_error
+        if message:
+            raise CheckpointError(message)
+        if path:
+            self._load_from = path
         else:
             self._resume = False
             self.logger.warning(
                 f'RESUME: no checkpoint in {" or ".join(map(str, self._checkpoint_folders()))}: TRAINING STARTS FROM '
-                'ITERATION 0. To go on from elsewhere give --resume FILE, or the --work-dir of the run.'
+                'ITERATION 0. To resume another run, give --resume FILE or the --work-dir of that run.'
             )
 
     def _checkpoint_folders(self) -> list[Path]:
@@ -205,13 +208,13 @@ class VOLORunner(Runner):
         return [Path(self.work_dir), *(Path(folder, Path(self.work_dir).name) for folder in out_dirs)]
 
     def setup_env(self, env_cfg: dict) -> None:
-        """As in mmengine; on a CPU the process group is there before mmengine would make it on CUDA."""
+        """As in mmengine; on a CPU, start gloo first, because mmengine would require CUDA."""
         if self.distributed and not is_distributed() and get_device() == 'cpu':
             init_gloo(self.launcher)
         super().setup_env(env_cfg)
 
     def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
-        """As in mmengine, with plain data parallelism for a model on the CPU."""
+        """As in mmengine; on a CPU, wrap the model without device ids."""
         if not self.distributed or get_device() != 'cpu' or is_model_wrapper(model) or model_wrapper_cfg is not None:
             return super().wrap_model(model_wrapper_cfg, model)
         return MMDistributedDataParallel(
@@ -226,15 +229,15 @@ class VOLORunner(Runner):
                 super()._init_model_weights()
 
 
-# Set when this process ends; forked workers share it.
+# Set to 1 when this process exits. The memory is shared with forked workers.
 _ENDING = mmap.mmap(-1, 1)
 atexit.register(_ENDING.write_byte, 1)
 
 
 def _init_worker(worker_id: int, seed: int | None, rank: int) -> None:
-    """For a data loader's worker: signals to all processes (Ctrl-C, Slurm) are for the trainer, who ends its workers.
+    """Initialise a data loader's worker, which ignores signals sent to all processes (Ctrl-C, Slurm).
 
-    Without this they would die of them while the trainer still waits for the batch that it wants to finish.
+    Otherwise the workers would die while the trainer still needs them for its last batch. The trainer ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if multiprocessing.get_start_method() == 'fork':
@@ -244,16 +247,16 @@ def _init_worker(worker_id: int, seed: int | None, rank: int) -> None:
 
 
 def _worker_lost(error: Exception) -> ProcessLost | None:
-    """PyTorch's error about a dead worker of a data loader, in words that say what to do."""
+    """Turn PyTorch's error about a dead data loader worker into one that says what to do."""
     if not isinstance(error, RuntimeError) or not re.search(r'DataLoader worker .*(killed|exited)', str(error)):
         return None
     return ProcessLost(
-        f'{str(error).splitlines()[0]} Out of memory is the usual reason: set train_dataloader.num_workers (and '
-        'val_dataloader.num_workers) lower, then go on with --resume'
+        f'{str(error).splitlines()[0]} Usually the machine ran out of memory: lower train_dataloader.num_workers and '
+        'val_dataloader.num_workers, then continue with --resume'
     )
 
 
-# What the visualizer's backends need, which mmengine asks for only when it first writes to one.
+# The packages of the visualizer's backends. mmengine itself notices a missing one only at its first use.
 _BACKENDS = {
     'TensorboardVisBackend': 'tensorboard',
     'WandbVisBackend': 'wandb',
@@ -266,7 +269,7 @@ _BACKENDS = {
 
 
 def check_vis_backends(config: Config) -> None:
-    """Raise ConfigError where the visualizer writes to something that is not installed."""
+    """Raise ConfigError if a visualizer backend of the config needs a package that is not installed."""
     visualizer = config.get('visualizer') or {}
     for backend in visualizer.get('vis_backends') or []:
         package = _BACKENDS.get(backend.get('type')) if isinstance(backend, dict) else None
@@ -277,7 +280,7 @@ def check_vis_backends(config: Config) -> None:
 
 
 def build_runner(config: Config) -> Runner:
-    """The runner that the config asks for, mmengine's own where it does not say.
+    """Build the runner of ``config.runner_type``, by default mmengine's own.
 
     Raises:
         ConfigError: see :func:`check_vis_backends`.

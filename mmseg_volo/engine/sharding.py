@@ -1,7 +1,7 @@
-"""Fully sharded training: each process keeps its share of the parameters, the gradients and the optimizer's state.
+"""Fully sharded training: each rank keeps a shard of the parameters, the gradients and the optimizer state.
 
-PyTorch's FSDP2 (``torch.distributed.fsdp.fully_shard``), for models too large for plain data parallelism. A checkpoint
-is the same as without it: whole tensors by their official names, so each kind of run goes on from the other's.
+This is PyTorch's FSDP2 (``torch.distributed.fsdp.fully_shard``), for models too large for plain data parallelism. A
+checkpoint holds full tensors under their official names. So sharded and plain runs can resume from each other's files.
 """
 
 from collections import OrderedDict
@@ -26,22 +26,21 @@ from ..models.volo import Block
 
 @MODEL_WRAPPERS.register_module()
 class VOLOFullyShardedDataParallel(nn.Module):
-    """A segmentor whose parameters are shared out among all processes; takes the place of MMDistributedDataParallel.
+    """Wrap a segmentor and shard its parameters among all ranks; use it in place of MMDistributedDataParallel.
 
-    Each VOLO block gathers its parameters for its forward and its backward pass and lets them go; what is left, stem,
-    norms and heads, is gathered as one. While the model is in eval mode everything stays gathered, because processes
-    may predict different numbers of windows and could not gather in step: ``eval()`` and ``train()`` have to be called
-    by all processes, as mmengine's loops do. ``eval()`` also gives all the first process's buffers. On a CPU SyncBN
-    becomes BN.
+    Each VOLO block gathers its parameters for its forward and its backward pass, then frees them. The stem, the norms
+    and the heads are gathered together. In eval mode all parameters stay gathered, because ranks may predict different
+    numbers of windows and cannot gather in step. So all ranks must call ``eval()`` and ``train()`` together, as
+    mmengine's loops do. ``eval()`` also broadcasts the buffers of rank 0. On a CPU, SyncBN becomes BN.
 
     Args:
-        module: the segmentor, on its device; sharded in place, after taking the first process's weights.
-        reshard_after_forward: let a block's parameters go between its forward and its backward pass, too; False
-            gathers once a step and keeps the whole parameters through it, but neither gradients nor optimizer state.
+        module: the segmentor, on its device. It takes the weights of rank 0 and is sharded in place.
+        reshard_after_forward: free a block's parameters between its forward and its backward pass too. False gathers
+            once a step and keeps the full parameters until its end; gradients and optimizer state stay sharded.
 
     Raises:
-        ConfigError: no VOLO in the model, or a torch before 2.8 with ``reshard_after_forward``, which such a version
-            cannot switch off for evaluation.
+        ConfigError: the model has no VOLO, or ``reshard_after_forward`` is true on a torch before 2.8, which cannot
+            switch it off for evaluation.
     """
 
     def __init__(self, module: nn.Module, reshard_after_forward: bool = True):
@@ -64,24 +63,24 @@ class VOLOFullyShardedDataParallel(nn.Module):
         fully_shard(module, mesh=mesh)
 
     def forward(self, *args, **kwargs):
-        """What the segmentor gives."""
+        """Call the segmentor."""
         return self.module(*args, **kwargs)
 
     def train_step(self, data: dict, optim_wrapper: OptimWrapper) -> dict[str, torch.Tensor]:
-        """One step of the segmentor; gradients are exchanged where the optimizer is going to use them."""
+        """Run one step of the segmentor; exchange gradients only where the optimizer will step."""
         self.module.set_requires_gradient_sync(optim_wrapper.should_sync())
         return self.module.train_step(data, optim_wrapper)
 
     def val_step(self, data: dict) -> list:
-        """The segmentor's predictions."""
+        """Predict with the segmentor."""
         return self.module.val_step(data)
 
     def test_step(self, data: dict) -> list:
-        """The segmentor's predictions."""
+        """Predict with the segmentor."""
         return self.module.test_step(data)
 
     def train(self, mode: bool = True) -> 'VOLOFullyShardedDataParallel':
-        """Set training or eval mode; see the class for what it does to the parameters."""
+        """Set training mode (sharded parameters) or eval mode (gathered parameters)."""
         if mode:
             self.reshard()
         else:
@@ -93,7 +92,7 @@ class VOLOFullyShardedDataParallel(nn.Module):
         return super().train(mode)
 
     def reshard(self) -> None:
-        """Let the gathered parameters go."""
+        """Free the gathered parameters."""
         for part in (self.module, *self._units):
             part.reshard()
         if self._reshard_after_forward:
@@ -103,10 +102,10 @@ class VOLOFullyShardedDataParallel(nn.Module):
 
 @contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Plain whole parameters in place of the shards, to be initialised or loaded; all processes enter together.
+    """Replace the shards by plain full parameters, to initialise or load them; all ranks enter together.
 
-    At the end the shards take the first process's values; after an exception they keep their own. Does nothing to a
-    model that is not sharded. The model cannot run meanwhile, and the optimizer keeps to the shards.
+    At the end the shards take the values of rank 0; after an exception they keep their own. A model without shards
+    stays as it is. Inside the block the model cannot run, and the optimizer still holds the shards.
     """
     if isinstance(model, VOLOFullyShardedDataParallel):
         model.reshard()
@@ -116,18 +115,18 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
         for name, shard in module._parameters.items()
         if isinstance(shard, DTensor)
     ]
-    # FSDP's own hooks take whatever load_state_dict leaves for shards.
+    # FSDP's own hooks expect load_state_dict to leave shards.
     hooks = {module: module._load_state_dict_post_hooks for module, _, _ in shards}
     try:
         for module in hooks:
             module._load_state_dict_post_hooks = OrderedDict()
         for module, name, shard in shards:
-            # A process alone would get its shard itself.
+            # In a group of one rank, full_tensor() returns the shard itself, so clone it.
             whole = shard.detach().full_tensor().clone()
             module._parameters[name] = nn.Parameter(whole, requires_grad=shard.requires_grad)
         yield
         for module, name, shard in shards:
-            shard.detach().copy_(_share(module._parameters[name].detach(), shard))
+            shard.detach().copy_(_shard(module._parameters[name].detach(), shard))
     finally:
         for module, name, shard in shards:
             module._parameters[name] = shard
@@ -135,51 +134,31 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
             module._load_state_dict_post_hooks = own
 
 
+# torch.distributed.checkpoint.state_dict is no replacement: it keys the optimizer state by parameter name, steps an
+# optimizer that has no state yet, and does not know the entries that mmengine's wrappers add.
 def full_state(model: nn.Module, optimizer: Optimizer | OptimWrapper | None = None) -> tuple[dict, dict]:
-    """The state dicts of model and optimizer as a run without sharding has them; all processes call it together.
+    """Return the state dicts of model and optimizer as an unsharded run has them; all ranks call it together.
 
     Args:
         model: sharded or not, wrapped or not.
         optimizer: the optimizer of ``model``, or mmengine's wrapper of it.
 
     Returns:
-        Both state dicts in the first process, two empty ones in the others; the second is empty without an optimizer.
-        Shards are gathered one tensor at a time and put on the CPU; what is whole already is neither copied nor moved.
+        Both state dicts on rank 0, two empty dicts on the other ranks. The second is empty without an optimizer.
+        Sharded tensors are gathered one at a time and moved to the CPU. Other tensors are neither copied nor moved.
     """
     if isinstance(model, VOLOFullyShardedDataParallel):
         model.reshard()
     bare = model.module if is_model_wrapper(model) else model
     keep = not dist.is_initialized() or dist.get_rank() == 0
-    states = _gathered(dict(bare.state_dict()), keep), _gathered(optimizer.state_dict() if optimizer else {}, keep)
+    states = _gather(dict(bare.state_dict()), keep), _gather(optimizer.state_dict() if optimizer else {}, keep)
     return states if keep else ({}, {})
 
 
-def load_full_state(
-    model: nn.Module,
-    optimizer: Optimizer | OptimWrapper | None,
-    state: dict,
-    optimizer_state: dict | None = None,
-    strict: bool = True,
-) -> None:
-    """Load what :func:`full_state` or a run without sharding has saved; all processes call it together, with the same.
+def shard_optimizer_state(optimizer: Optimizer | OptimWrapper, state: dict) -> dict:
+    """Shard a full optimizer state dict for ``optimizer.load_state_dict``, wherever the parameters are shards.
 
-    Args:
-        model: sharded or not, wrapped or not.
-        optimizer: the optimizer of ``model``, or mmengine's wrapper of it; may be None without ``optimizer_state``.
-        state: whole tensors by name, on any device.
-        optimizer_state: the optimizer's state dict, not changed.
-        strict: as in ``load_state_dict``.
-    """
-    with whole_parameters(model):
-        (model.module if is_model_wrapper(model) else model).load_state_dict(state, strict=strict)
-    if optimizer_state is not None:
-        optimizer.load_state_dict(share_optimizer_state(optimizer, optimizer_state))
-
-
-def share_optimizer_state(optimizer: Optimizer | OptimWrapper, state: dict) -> dict:
-    """A whole optimizer state dict as ``optimizer.load_state_dict`` needs it: shards where its parameters are shards.
-
-    All processes call it together. Tensors of other shapes than their parameter's, as step counts, stay as they are.
+    All ranks call it together. Tensors whose shape is not their parameter's, such as step counts, stay as they are.
 
     Raises:
         ValueError: the state is of another number of parameters.
@@ -188,33 +167,33 @@ def share_optimizer_state(optimizer: Optimizer | OptimWrapper, state: dict) -> d
     parameters = [parameter for group in groups for parameter in group['params']]
     numbers = [number for group in state['param_groups'] for number in group['params']]
     if len(parameters) != len(numbers):
-        raise ValueError(f'the optimizer has {len(parameters)} parameters, its saved state is of {len(numbers)}')
-    shared = {}
+        raise ValueError(f'the optimizer has {len(parameters)} parameters, the saved state has {len(numbers)}')
+    sharded = {}
     for number, parameter in zip(numbers, parameters, strict=True):
         if number in state['state']:
-            shared[number] = {
-                key: _share(value, parameter) if _is_like(value, parameter) else value
+            sharded[number] = {
+                key: _shard(value, parameter) if _is_shardable(parameter, value) else value
                 for key, value in state['state'][number].items()
             }
-    return {**state, 'state': shared}
+    return {**state, 'state': sharded}
 
 
-def _is_like(value: object, parameter: torch.Tensor) -> bool:
-    whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-    return whole and isinstance(parameter, DTensor) and value.shape == parameter.shape
+def _is_shardable(parameter: torch.Tensor, value: object) -> bool:
+    full = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    return full and isinstance(parameter, DTensor) and value.shape == parameter.shape
 
 
-def _share(whole: torch.Tensor, like: DTensor) -> DTensor:
-    """The first process's tensor, in shards as ``like``."""
+def _shard(whole: torch.Tensor, like: DTensor) -> DTensor:
+    """Shard the tensor of rank 0 as ``like`` is sharded."""
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)
 
 
-def _gathered(value: object, keep: bool) -> object:
-    """``value`` with whole tensors in place of shards; no tensors unless ``keep``."""
+def _gather(value: object, keep: bool) -> object:
+    """Return ``value`` with full tensors in place of shards, or with None in place of tensors unless ``keep``."""
     if isinstance(value, dict):
-        return {key: _gathered(part, keep) for key, part in value.items()}
+        return {key: _gather(part, keep) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_gathered(part, keep) for part in value)
+        return type(value)(_gather(part, keep) for part in value)
     if not isinstance(value, torch.Tensor):
         return value
     whole = value.full_tensor().cpu() if isinstance(value, DTensor) else value

@@ -1,1 +1,1 @@
-"""From a trained model to files that run without this package: ``exporting`` writes them, ``running`` runs them."""
+"""Export a trained model to ONNX or torch.export files that run without this package, and check the files."""

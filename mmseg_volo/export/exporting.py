@@ -1,6 +1,5 @@
-"""What ``tools/export.py`` does: a trained model becomes a file, and the file is held against the model."""
+"""Export a trained model to a file and compare the file with the model; ``tools/export.py`` is its command line."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..errors import ConfigError
 from ..inference.model import init_model
 from ..models.onnx import STEP, check_packages, open_onnx
 from ..models.windows import has_plain_head
+from ..utils.files import atomic_write, part_of
 from ..version import __version__
 from .checks import check_onnx, compare, judge, sample_images, sizes_to_check
 from .formats import FORMATS, OPSET, open_pt2, trace, write_onnx, write_pt2
@@ -36,19 +36,19 @@ def export_model(
     pictures: Sequence[str] = (),
     allow_mismatch: bool = False,
 ) -> None:
-    """Write a model to a file, and check the file; one that fails a check is not left behind.
+    """Write a model to a file and check the file. If a check fails, the file is removed.
 
     Args:
         config, checkpoint: the model.
-        out: the file; its folder is made.
-        format: 'onnx', opset 17, or 'pt2', of :func:`torch.export.save`.
-        size: (height, width) of the input; by default that of the config's test windows or training crops.
-        dynamic: any height and width that are multiples of 16. The batch is always open.
-        precision: 'fp32', or 'fp16' of weights and arithmetic; inputs and outputs stay float32.
-        preprocess: see :class:`~mmseg_volo.export.network.ExportNetwork`, as for ``output``.
-        output: 'logits' or 'classes'.
-        pictures: files, folders or patterns to compare on; by default the config's test data.
-        allow_mismatch: take checkpoints of other models or classes.
+        out: the output file; its folder is made.
+        format: 'onnx' (opset 17) or 'pt2' (:func:`torch.export.save`).
+        size: (height, width) of the input in pixels; default: that of the test windows or training crops in the config.
+        dynamic: accept all heights and widths that are multiples of 16. The batch size is always open.
+        precision: 'fp32', or 'fp16' for weights and arithmetic; inputs and outputs stay float32.
+        preprocess: normalise in the file; see :class:`~mmseg_volo.export.network.ExportNetwork`.
+        output: 'logits' or 'classes'; see :class:`~mmseg_volo.export.network.ExportNetwork`.
+        pictures: image files, folders or patterns for the comparison; default: the test data of the config.
+        allow_mismatch: accept checkpoints of other models or classes.
 
     Raises:
         CheckpointError, FileNotFoundError: see :func:`~mmseg_volo.inference.model.init_model`.
@@ -59,24 +59,23 @@ def export_model(
     _check_request(out, format, size)
     if allow_mismatch:
         config.model.test_cfg = {**(config.model.get('test_cfg') or {}), 'allow_mismatch': True}
-    wanted = exportable(config)
+    export_config = exportable(config)
     size = size or _default_size(config)
     path = Path(out)
-    part = path.with_name(f'.{path.stem}.{os.getpid()}.part{FORMATS[format]}')
-    try:  # whether it can be written is said before all the work
+    try:  # report an unwritable file before the work
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
+        part_of(path).touch()
     except OSError as error:
         raise OSError(error.errno, f'the file cannot be written ({error.strerror}); give another --out', out) from error
-    try:
+    with atomic_write(path) as part:
         segmentor = init_model(config, checkpoint, 'cpu')
         _check_model(segmentor, preprocess)
-        twin = init_model(wanted, device='cpu')
+        twin = init_model(export_config, device='cpu')
         state = segmentor.state_dict()
         twin.load_state_dict({name: value for name, value in state.items() if not name.startswith('auxiliary_head.')})
         network = ExportNetwork(twin, output, preprocess, precision == 'fp16').eval()
         about = _about(segmentor, size, dynamic, precision, preprocess, output)
-        print_log(f'exporting {_words(about)}', logger='current')
+        print_log(f'exporting {_describe(about)}', logger='current')
         program = trace(network, _example(size) if dynamic else size, dynamic)
         if format == 'onnx':
             write_onnx(program, network, about, part)
@@ -84,8 +83,8 @@ def export_model(
             operators = check_onnx(part)
             names = ', '.join(f'{name} ({count})' for name, count in operators.items())
             print_log(
-                f'onnx.checker and shape inference pass, opset {OPSET}; {len(operators)} operators, all in the table '
-                f'of TensorRT {TENSORRT}: {names}',
+                f'onnx.checker and shape inference pass, opset {OPSET}; TensorRT {TENSORRT} supports all '
+                f'{len(operators)} operators: {names}',
                 logger='current',
             )
             run = open_onnx(part)[0]
@@ -96,9 +95,6 @@ def export_model(
         images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     print_log(f'{path}: {path.stat().st_size / 1e6:.1f} MB', logger='current')
 
 
@@ -106,30 +102,30 @@ def _check_request(out: str, format: str, size: tuple[int, int] | None) -> None:
     if format == 'onnx':
         check_packages('onnx', 'onnxscript', 'onnxruntime')
     if Path(out).suffix != FORMATS[format]:
-        raise ConfigError(f'--out {out}: a file of the format {format} ends with {FORMATS[format]}')
+        raise ConfigError(f'--out {out}: the name of a {format} file must end with {FORMATS[format]}')
     if Path(out).is_dir():
         raise ConfigError(f'--out {out} is a folder; give a file name in it')
     if size is not None and min(size) < 32:
         raise ConfigError(f'--size {size[0]} {size[1]}: VOLO needs 32 x 32 pixels or more')
     if tuple(map(int, torch.__version__.split('.')[:2])) < _LEAST_TORCH:
         raise ConfigError(
-            f'exporting needs PyTorch {".".join(map(str, _LEAST_TORCH))} or newer, found {torch.__version__}: its '
-            'exporters before that close open sizes'
+            f'exporting needs PyTorch {".".join(map(str, _LEAST_TORCH))} or newer, found {torch.__version__}: '
+            'older exporters fix dynamic sizes'
         )
 
 
 def _check_model(segmentor: EncoderDecoder, preprocess: bool) -> None:
     if not has_plain_head(segmentor):
         raise ConfigError(
-            f'{type(segmentor.decode_head).__name__} makes its predictions in a way of its own; what can be exported '
-            "are heads whose logits mmseg's BaseDecodeHead resizes"
+            f'{type(segmentor.decode_head).__name__} cannot be exported, because it overrides the prediction of '
+            "mmseg's BaseDecodeHead"
         )
     first = next((m for m in segmentor.backbone.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels != 3:
-        raise ConfigError(f'the model takes pictures of {first.in_channels} channels; exported ones have 3')
+        raise ConfigError(f'the model takes images of {first.in_channels} channels; exported models take 3')
     pre = segmentor.data_preprocessor
     if preprocess and not (getattr(pre, '_enable_normalize', False) and pre.mean.numel() == 3):
-        raise ConfigError('--with-preprocess: the data_preprocessor normalises nothing, or not three channels')
+        raise ConfigError('--with-preprocess: the data_preprocessor does not normalise, or not three channels')
 
 
 def _default_size(config: Config) -> tuple[int, int]:
@@ -140,7 +136,7 @@ def _default_size(config: Config) -> tuple[int, int]:
 
 
 def _example(size: tuple[int, int]) -> tuple[int, int]:
-    """Like ``size``, in multiples of 16 that are not alike: the tracer would take equal ones for one."""
+    """Round ``size`` up to multiples of 16 that differ: the tracer would assume that equal sizes are always equal."""
     height, width = (max(-(-side // STEP), 4) for side in size)
     return height * STEP, (width + (width == height)) * STEP
 
@@ -166,9 +162,9 @@ def _about(
     )
 
 
-def _words(about: dict) -> str:
+def _describe(about: dict) -> str:
     shape = (
-        'heights and widths of multiples of 16' if about['size'] is None else '{} x {} pixels'.format(*about['size'])
+        'heights and widths in multiples of 16' if about['size'] is None else '{} x {} pixels'.format(*about['size'])
     )
-    what = 'uint8 pictures (B, H, W, 3), BGR' if about['preprocess'] else 'normalised pictures (B, 3, H, W)'
-    return f'{what} of {shape} to {about["output"]} of {len(about["classes"])} classes, {about["precision"]}'
+    what = 'uint8 images (B, H, W, 3), BGR' if about['preprocess'] else 'normalised images (B, 3, H, W)'
+    return f'{what}, {shape}, to {about["output"]} of {len(about["classes"])} classes, {about["precision"]}'

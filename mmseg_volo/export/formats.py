@@ -1,4 +1,4 @@
-"""Exported files: how they are written, what they say of themselves, and how they are run."""
+"""Write ONNX and torch.export files with their metadata, and open torch.export files."""
 
 import json
 import logging
@@ -18,18 +18,19 @@ from .network import ExportNetwork
 
 FORMATS = {'onnx': '.onnx', 'pt2': '.pt2'}
 OPSET = 17
-_LARGEST = 1024  # of STEP
-_DEFAULTS_OF_18 = {'Resize': {'antialias': 0, 'keep_aspect_ratio_policy': b'stretch'}}
+_LARGEST = 1024  # largest height and width, in multiples of STEP
+_NEW_IN_18 = {'Resize': {'antialias': 0, 'keep_aspect_ratio_policy': b'stretch'}}  # attributes and their defaults
 
 
 def trace(network: ExportNetwork, size: tuple[int, int], dynamic: bool) -> torch.export.ExportedProgram:
-    """The network as one graph.
+    """Trace the network to one graph with an open batch size.
 
     Args:
-        size: (height, width) of the input; an example where ``dynamic``, two different multiples of :data:`STEP`.
-        dynamic: height and width stay open, as the batch always does.
+        network: the network.
+        size: (height, width) of the input. With ``dynamic`` an example: two different multiples of :data:`STEP`.
+        dynamic: leave height and width open.
     """
-    # Sizes of 0 and 1 would be taken for constants.
+    # A batch of 2: the tracer takes sizes of 0 and 1 for constants.
     shape = (2, *size, 3) if network.preprocess else (2, 3, *size)
     image = torch.zeros(shape, dtype=torch.uint8 if network.preprocess else torch.float32)
     axes = {0: Dim('batch', min=1, max=4096)}
@@ -41,7 +42,7 @@ def trace(network: ExportNetwork, size: tuple[int, int], dynamic: bool) -> torch
 
 
 def write_onnx(program: torch.export.ExportedProgram, network: ExportNetwork, about: dict, path: Path) -> None:
-    """Write an ONNX file of opset 17, weights included.
+    """Write an ONNX file of opset 17 with its weights.
 
     Raises:
         ConfigError: the model is too large for one file.
@@ -58,28 +59,30 @@ def write_onnx(program: torch.export.ExportedProgram, network: ExportNetwork, ab
             verbose=False,
         )
     model = made.model_proto
-    # torch writes 18 at least. From 17 to 18 the operators of this network only gained inputs and attributes, and what
-    # is here has their old meaning: onnx.checker holds every node against the definitions of 17.
+    # torch writes opset 18 or newer. From 17 to 18 the operators of this network only gained inputs and attributes. The
+    # file keeps the old meaning: onnx.checker compares each node with the definitions of opset 17.
     for opset in model.opset_import:
         if opset.domain in ('', 'ai.onnx'):
             opset.version = OPSET
     for node in model.graph.node:
-        known = _DEFAULTS_OF_18.get(node.op_type, {})
-        new = [a for a in node.attribute if a.name in known and onnx.helper.get_attribute_value(a) == known[a.name]]
-        for attribute in new:
-            node.attribute.remove(attribute)
+        new = _NEW_IN_18.get(node.op_type, {})
+        for attribute in list(node.attribute):
+            if attribute.name in new and onnx.helper.get_attribute_value(attribute) == new[attribute.name]:
+                node.attribute.remove(attribute)
     _name_axes(model, network.preprocess)
-    model.ir_version = min(model.ir_version, 8)  # of opset 17
+    model.ir_version = min(model.ir_version, 8)  # the IR version of opset 17
     model.metadata_props.add(key=METADATA_KEY, value=json.dumps(about))
     model.producer_name, model.producer_version = 'mmseg_volo', about['mmseg_volo']
     if model.ByteSize() >= 2**31:
-        raise ConfigError(f'the model takes {model.ByteSize() / 2**30:.1f} GiB, one ONNX file 2 at most; take fp16')
+        raise ConfigError(
+            f'the model has {model.ByteSize() / 2**30:.1f} GiB, an ONNX file at most 2; export it with --precision fp16'
+        )
     onnx.save(model, str(path))
 
 
 def _name_axes(model: Any, channels_last: bool) -> None:
-    """Open axes by their names, where torch counts them."""
-    del model.graph.value_info[:]  # onnx.shape_inference finds these again
+    """Give the open axes of inputs and outputs names in place of torch's numbers."""
+    del model.graph.value_info[:]  # these use the numbers too; onnx.shape_inference infers them again
     for value in [*model.graph.input, *model.graph.output]:
         names = ['batch', None, 'height', 'width']
         if value.name == 'image' and channels_last:
@@ -94,22 +97,22 @@ def _name_axes(model: Any, channels_last: bool) -> None:
 
 
 def write_pt2(program: torch.export.ExportedProgram, about: dict, path: Path) -> None:
-    """Write a file for :func:`torch.export.load`."""
+    """Write a file that :func:`torch.export.load` reads."""
     with path.open('wb') as file:
         torch.export.save(program, file, extra_files={f'{METADATA_KEY}.json': json.dumps(about)})
 
 
 def open_pt2(path: str | Path) -> tuple[Run, dict]:
-    """As :func:`open_onnx`, for files of :func:`write_pt2` on a CPU.
+    """Open a file of :func:`write_pt2` on the CPU; see :func:`~mmseg_volo.models.onnx.open_onnx`.
 
     Raises:
-        CheckpointError: another file.
+        CheckpointError: it is another kind of file, or broken.
     """
     extra = {f'{METADATA_KEY}.json': ''}
     try:
         program = torch.export.load(str(path), extra_files=extra)
     except Exception as error:
-        raise CheckpointError(f'{path} is no file of torch.export, or broken: {error}') from error
+        raise CheckpointError(f'{path} is no torch.export file, or broken: {error}') from error
     module = program.module()
 
     @torch.no_grad()
@@ -122,7 +125,7 @@ def open_pt2(path: str | Path) -> tuple[Run, dict]:
 
 @contextmanager
 def _quiet():
-    """Without the exporters' remarks on what they do, of which none is for the user."""
+    """Silence the logs and warnings of the exporters; none of them is for users."""
     loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

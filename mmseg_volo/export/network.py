@@ -1,4 +1,4 @@
-"""The network as exporters can read it: VOLO and UPerHead of any size from plain operators, with the same weights."""
+"""VOLO and UPerHead from operators that exporters support, for every input size, with the same weights."""
 
 import copy
 
@@ -19,21 +19,21 @@ OUTPUTS = 'logits', 'classes'
 
 @MODELS.register_module()
 class ExportVOLO(VOLO):
-    """:class:`VOLO` from plain operators, its position embedding resized by two products of matrices.
+    """:class:`VOLO` that resizes its position embedding by two matrix products.
 
-    ONNX has bicubic Resize, but TensorRT does not read it.
+    ONNX has a bicubic Resize, but TensorRT does not support it.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, OutlookAttention):
-                module.impl = 'slices'  # whatever 'auto' can tell of who traces it
+                module.impl = 'slices'  # do not rely on 'auto' to detect the exporter
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> Tensor:
         pos_embed = self.pos_embed
         if all(isinstance(n, int) for n in grid) and tuple(pos_embed.shape[1:3]) == tuple(grid):
-            return pos_embed  # a comparison with an open size would close it
+            return pos_embed  # only for ints: a comparison would fix an open size
         rows, columns = (_cubic(n, out) for n, out in zip(pos_embed.shape[1:3], grid, strict=True))
         resized = rows @ (columns @ pos_embed.float()).transpose(1, 2)  # 1, columns, rows, C
         return resized.transpose(1, 2).to(pos_embed.dtype)
@@ -41,49 +41,46 @@ class ExportVOLO(VOLO):
 
 @MODELS.register_module()
 class ExportUPerHead(LeanUPerHead):
-    """:class:`LeanUPerHead` whose pyramid is pooled by products of matrices, on maps of any size.
-
-    ONNX has no adaptive pooling.
-    """
+    """:class:`LeanUPerHead` whose pyramid pooling is matrix products, because ONNX has no adaptive pooling."""
 
     def pooled(self, finest: Tensor) -> list[Tensor]:
-        """The maps of the pyramid pooling module, in sizes of their own."""
+        """Return the maps of the pyramid pooling module, each of its own size, before they are upsampled."""
         maps = []
         for scale, module in zip(self.psp_modules.pool_scales, self.psp_modules, strict=True):
             rows, columns = (_pool(n, scale).to(finest.dtype) for n in finest.shape[2:])
             x = rows @ finest @ columns.T
-            for layer in list(module)[1:]:  # what follows the pool
+            for layer in list(module)[1:]:  # the layers after the pooling
                 x = layer(x)
             maps.append(x)
         return maps
 
 
 def _pool(size: int, out: int) -> Tensor:
-    """(out, size): adaptive average pooling of a line, as ``F.adaptive_avg_pool1d`` defines it."""
-    place = torch.arange(size).float()
-    # Whole numbers up to 2^24 are exact, and no quotient comes nearer to the next one than 1/out.
+    """Return the matrix (out, size) of ``F.adaptive_avg_pool1d``."""
+    position = torch.arange(size).float()
+    # Exact: integers up to 2^24 have no rounding, and quotients that are no integers are at least 1/out away from one.
     edges = torch.arange(out + 1).float() * size / out
     first, last = edges[:-1].floor()[:, None], edges[1:].ceil()[:, None]
-    return (torch.minimum(place + 1, last) - torch.maximum(place, first)).clamp(0, 1) / (last - first)
+    return (torch.minimum(position + 1, last) - torch.maximum(position, first)).clamp(0, 1) / (last - first)
 
 
 def _cubic(size: int, out: int) -> Tensor:
-    """(out, size): bicubic resizing of a line, as ``F.interpolate`` defines it (a = -0.75, borders repeated)."""
+    """Return the matrix (out, size) of bicubic ``F.interpolate`` (a = -0.75, borders repeated)."""
     position = (torch.arange(out).float() + 0.5) * (size / out) - 0.5
-    places = position.floor()[:, None] + torch.arange(-1, 3).float()  # (out, 4)
-    t = (position[:, None] - places).abs()
+    neighbours = position.floor()[:, None] + torch.arange(-1, 3).float()  # (out, 4)
+    t = (position[:, None] - neighbours).abs()
     near = (1.25 * t - 2.25) * t * t + 1
     far = ((-0.75 * t + 3.75) * t - 6) * t + 3
     weight = torch.where(t <= 1, near, far)
-    distance = places.clamp(0, size - 1)[:, :, None] - torch.arange(size).float()  # (out, 4, size)
+    distance = neighbours.clamp(0, size - 1)[:, :, None] - torch.arange(size).float()  # (out, 4, size)
     return (weight[:, :, None] * (1 - distance.abs()).clamp(0, 1)).sum(1)
 
 
 def exportable(config: Config) -> Config:
-    """The config of a segmentor with the same weights, made of what exporters can read.
+    """Return the config of a segmentor with the same weights from layers that exporters support.
 
     Raises:
-        ConfigError: the model is no EncoderDecoder.
+        ConfigError: the model is no EncoderDecoder with one decode head.
     """
     config = copy.deepcopy(config)
     model = config.model
@@ -101,24 +98,23 @@ def exportable(config: Config) -> Config:
 
 
 def swaps_channels(preprocessor: nn.Module) -> bool:
-    """Whether mmseg's preprocessor turns BGR into RGB; the attribute's name differs between its versions."""
+    """Return whether mmseg's preprocessor converts BGR to RGB; the attribute's name depends on the version of mmseg."""
     return bool(getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', False)))
 
 
 class ExportNetwork(nn.Module):
-    """What an exported file computes.
+    """The network in an exported file.
 
-    Takes prepared pictures (B, 3, H, W), float32; with ``preprocess`` pictures as OpenCV reads them, (B, H, W, 3), BGR,
-    uint8. Returns what the file is for, and beside it the decode head's own logits (B, C, h, w), float32, from which
-    windows and test views are put together:
+    Takes normalised images (B, 3, H, W), float32; with ``preprocess`` images as OpenCV reads them, (B, H, W, 3), BGR,
+    uint8. Returns two tensors:
 
-    - ``'logits'``: (B, C, H, W), float32;
-    - ``'classes'``: (B, H, W), int32.
+    - logits (B, C, H, W), float32, or class ids (B, H, W), int32;
+    - the logits of the decode head before upsampling (B, C, h, w), float32, for prediction in windows and views.
 
     Args:
-        segmentor: made by :func:`exportable`.
-        output: 'logits' or 'classes'.
-        preprocess: normalise inside.
+        segmentor: built from the config of :func:`exportable`.
+        output: 'logits' or 'classes', the first tensor.
+        preprocess: normalise in the network.
         half: compute in float16.
     """
 

@@ -1,9 +1,9 @@
-"""What NVIDIA's TensorRT reads of ONNX, as far as a segmentation network may need it."""
+"""The ONNX operators that NVIDIA's TensorRT supports, as far as segmentation networks need them."""
 
 from typing import Any
 
-# onnx-tensorrt, docs/operators.md, TensorRT 10.15: operators with "Y", without those for recurrence, sound, detection,
-# quantisation and random numbers.
+# Source: onnx-tensorrt, docs/operators.md, TensorRT 10.15, operators with "Y", without those for recurrence, sound,
+# detection, quantisation and random numbers.
 TENSORRT = '10.15'
 _NAMES = """
 Abs Add And ArgMax ArgMin AveragePool BatchNormalization Cast Ceil Clip Concat Constant ConstantOfShape Conv
@@ -19,13 +19,13 @@ _RESIZE_MODES = 'nearest', 'linear'
 
 
 def why_not(node: Any) -> str | None:
-    """Why TensorRT would refuse a node of an ONNX graph; None where it would not."""
+    """Return why TensorRT refuses a node of an ONNX graph, or None if it does not."""
     if node.domain not in ('', 'ai.onnx'):
-        return f'{node.op_type} of {node.domain} is no operator of ONNX itself'
+        return f'{node.op_type} of {node.domain} is no standard ONNX operator'
     if node.op_type not in OPERATORS:
-        return f'{node.op_type} is not in its table'
+        return f'{node.op_type} is not supported'
     if node.op_type == 'Resize':
         mode = next((a.s.decode() for a in node.attribute if a.name == 'mode'), 'nearest')
         if mode not in _RESIZE_MODES:
-            return f'Resize in mode {mode}: it reads {" and ".join(_RESIZE_MODES)}'
+            return f'Resize in mode {mode} is not supported, only {" and ".join(_RESIZE_MODES)}'
     return None

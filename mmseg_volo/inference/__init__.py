@@ -1,4 +1,4 @@
-"""Prediction with a trained model: images, files and folders, videos."""
+"""Predict images, files, folders and videos with a trained model."""
 
 from .images import as_bgr, read_image
 from .predictor import Prediction, Predictor

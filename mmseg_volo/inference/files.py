@@ -1,10 +1,11 @@
-"""Prediction of files and folders, pictures and videos: what ``tools/predict.py`` does."""
+"""Predict files and folders of images and videos; ``tools/predict.py`` is its command line."""
 
 import contextlib
 import errno
 import glob
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,22 +19,24 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from tqdm import tqdm
 
+from ..utils.ahead import ahead
 from ..utils.files import atomic_write, part_of
 from ..utils.signals import Stopped, StopSignals
 from .images import read_image
-from .manifest import Journal, identity
+from .manifest import Manifest, identity
 from .pool import Work, share_out
 from .predictor import Prediction, Predictor
 from .video import PREPARED_AHEAD, VIDEO_SUFFIXES, predict_video
 from .visualize import add_legend, entries_of, overlay
 
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
-_ALL_FAIL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}
+_ENDINGS = '.png', '_overlay.png', '_confidence.png'
+_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}  # the next write fails too
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a :class:`~mmseg_volo.inference.Predictor`, here or in another process: its arguments."""
+    """The arguments of a :class:`~mmseg_volo.inference.Predictor`, from which worker processes load their own."""
 
     config: Config
     checkpoint: str
@@ -42,7 +45,7 @@ class Recipe:
     options: dict = field(default_factory=dict)
 
     def load(self, rank: int | None = None) -> Predictor:
-        """The predictor; of several processes each gets a GPU of its own where there are as many."""
+        """Load the predictor. Worker processes pass their ``rank`` and are spread over the GPUs."""
         device = self.device
         if rank is not None and (device or get_device()) == 'cuda' and torch.cuda.device_count():
             device = f'cuda:{rank % torch.cuda.device_count()}'
@@ -51,7 +54,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What is written: see :func:`predict_files`."""
+    """What to write, and where; see :func:`predict_files`."""
 
     folder: Path
     with_overlay: bool = False
@@ -61,25 +64,7 @@ class Outputs:
 
 
 class OutputError(OSError):
-    """A result could not be written, and the next ones could not either; the message names the file and the reason."""
-
-
-def _expand(source: str, without: Path | None) -> dict[Path, Path]:
-    """Files of a source, to their place below it; in a folder pictures, or videos where there are no pictures."""
-    path = Path(source)
-    if path.is_file():
-        return {path: Path(path.name)}
-    if source and path.is_dir():  # an empty name, as an unset variable leaves it, is not the current folder
-        inside = {p: p.relative_to(path) for p in sorted(path.rglob('*')) if _is_video(p) or _is_image(p)}
-        if without is not None and without != path.resolve():  # results of an earlier run
-            inside = {p: place for p, place in inside.items() if without not in p.resolve().parents}
-        images = {p: place for p, place in inside.items() if not _is_video(p)}
-        if images and len(images) < len(inside):
-            count = len(inside) - len(images)
-            print(f'{source}: {count} video{"s" * (count > 1)} beside the images left out; name them', file=sys.stderr)
-        return images or inside
-    matches = sorted(Path(p) for p in glob.glob(source, recursive=True))
-    return {p: Path(p.name) for p in matches if _is_image(p) or _is_video(p)}
+    """A result cannot be written, and the next ones could not either; the message names the file and the reason."""
 
 
 def _is_image(path: Path) -> bool:
@@ -90,19 +75,43 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
 
 
-def find_sources(sources: Iterable[str], out_dir: str | None = None) -> tuple[dict[Path, Path], dict[Path, Path]]:
-    """The images and the videos that files, folders (with all below them) and glob patterns stand for.
+def _expand(source: str, without: Path | None) -> dict[Path, Path]:
+    """Map the files of a source to their relative paths. A folder gives its images, or its videos if it has no image.
 
-    Of a folder the videos are taken only where it has no images. What lies in ``out_dir`` is not part of a folder.
+    Files below the resolved path ``without`` are no part of a folder.
+    """
+    path = Path(source)
+    if path.is_file():
+        return {path: Path(path.name)}
+    if source and path.is_dir():  # an empty string, such as an unset shell variable, is not the current folder
+        inside = {p: p.relative_to(path) for p in sorted(path.rglob('*')) if _is_video(p) or _is_image(p)}
+        if without is not None and without != path.resolve():
+            inside = {p: relative for p, relative in inside.items() if without not in p.resolve().parents}
+        images = {p: relative for p, relative in inside.items() if not _is_video(p)}
+        if images and len(images) < len(inside):
+            count = len(inside) - len(images)
+            print(
+                f'{source}: skipped {count} video{"s" * (count > 1)} beside the images; name videos to predict them',
+                file=sys.stderr,
+            )
+        return images or inside
+    matches = sorted(Path(p) for p in glob.glob(source, recursive=True))
+    return {p: Path(p.name) for p in matches if _is_image(p) or _is_video(p)}
+
+
+def find_sources(sources: Iterable[str], out_dir: str | None = None) -> tuple[dict[Path, Path], dict[Path, Path]]:
+    """Find the images and the videos of files, folders (with their subfolders) and glob patterns.
+
+    A folder gives its videos only if it has no image. Files below ``out_dir`` are results and no part of a folder.
 
     Returns:
-        Path of each image, to the path below the output folder, without a suffix, that its results get: its name, or
-        for a folder its place in it. Where two images would meet there, their suffix becomes part of the name. The
-        same for the videos.
+        A dict that maps each image to the path of its results, below the output folder and without a suffix: the file
+        name, or for a folder the path in it. If two images would get the same path, both keep their own suffix in it.
+        A second dict does the same for the videos.
 
     Raises:
-        FileNotFoundError: a source that is not there, or has neither.
-        FileExistsError: two images have one name even so.
+        FileNotFoundError: a source does not exist, or has neither images nor videos.
+        FileExistsError: two images would get the same path all the same.
     """
     found: dict[Path, Path] = {}
     for source in sources:
@@ -113,17 +122,17 @@ def find_sources(sources: Iterable[str], out_dir: str | None = None) -> tuple[di
                 f'{", ".join(IMAGE_SUFFIXES)}, or videos: {", ".join(VIDEO_SUFFIXES)}'
             )
         found.update(files)
-    videos = {path: place for path, place in found.items() if _is_video(path)}
-    return _targets({path: place for path, place in found.items() if path not in videos}), _targets(videos)
+    videos = {path: relative for path, relative in found.items() if _is_video(path)}
+    images = {path: relative for path, relative in found.items() if path not in videos}
+    return _targets(images), _targets(videos)
 
 
 def find_images(sources: Iterable[str]) -> dict[Path, Path]:
-    """The images alone of :func:`find_sources`.
+    """Find only images; see :func:`find_sources`.
 
     Raises:
-        FileNotFoundError: a source that is not there, or has no image.
+        FileNotFoundError: a source does not exist, or has no image.
     """
-    sources = list(sources)
     images, videos = find_sources(sources)
     if videos:
         raise FileNotFoundError(f'{next(iter(videos))}: no image found, only videos')
@@ -131,21 +140,18 @@ def find_images(sources: Iterable[str]) -> dict[Path, Path]:
 
 
 def _targets(found: dict[Path, Path]) -> dict[Path, Path]:
-    plain = [place.with_suffix('') for place in found.values()]
-    counts = {place: 0 for place in plain}
-    for place in plain:
-        counts[place] += 1
-    targets = {
-        path: place.with_suffix('') if counts[place.with_suffix('')] == 1 else place for path, place in found.items()
-    }
+    """Take the suffixes off the relative paths where the paths stay different without them."""
+    counts = Counter(relative.with_suffix('') for relative in found.values())
     taken: dict[Path, Path] = {}
-    for path, target in targets.items():
+    for path, relative in found.items():
+        target = relative.with_suffix('') if counts[relative.with_suffix('')] == 1 else relative
         if target in taken:
             raise FileExistsError(
-                f'{taken[target]} and {path} have one name in the output folder ({target}); predict them apart'
+                f'{taken[target]} and {path} would have the same name in the output folder ({target}); '
+                'predict them into different folders'
             )
         taken[target] = path
-    return targets
+    return {path: target for target, path in taken.items()}
 
 
 def predict_files(
@@ -160,71 +166,69 @@ def predict_files(
     processes: int = 1,
     resume: bool = False,
 ) -> dict[Path, str]:
-    """Predict images and videos and save what was found; one that cannot be read or predicted is reported and skipped.
+    """Predict images and videos and write the results. Report and skip files that cannot be read or predicted.
 
-    While the model works on an image, the next one is read and prepared and the results of the one before are written.
-    A result appears under its name when it is whole.
+    While the model predicts an image, the next one is read and prepared, and the results of the last one are written.
+    A result gets its name when it is complete.
 
     Args:
-        predictor: the model, or how to make it. Only with a :class:`Recipe` is what was done noted in the output
-            folder (``predict.jsonl``), as ``resume`` needs it.
+        predictor: the model, or a :class:`Recipe` to load it from. With a recipe, the output folder also gets the file
+            ``predict.jsonl``, which lists what is done.
         sources: files, folders or glob patterns; see :func:`find_sources`.
-        out_dir: gets for each image ``NAME.png`` with class ids (8 bit, or 16 bit above 256 classes), with
-            ``with_overlay`` ``NAME_overlay.png``, the picture with the classes' colours over it, and where the
-            predictor was asked for the confidence ``NAME_confidence.png``, from 0 to 255 for certain; for each video
-            ``NAME_overlay.mp4`` alone, with its sound.
-        with_legend: put the names and colours of the classes that occur below overlays.
-        opacity: weight of an overlay's colours, from 0 to 1.
+        out_dir: the output folder. Each image gets ``NAME.png`` with class ids (8 bit, or 16 bit for more than 256
+            classes); with ``with_overlay`` also ``NAME_overlay.png``, the image with the colours of the classes over
+            it; if the predictor has the option ``confidence`` also ``NAME_confidence.png``, where 255 means certain.
+            Each video gets only ``NAME_overlay.mp4``, with its sound.
+        with_legend: add a legend with the names and colours of the classes that occur below each overlay.
+        opacity: weight of the colours in overlays, from 0 to 1.
         video_format: a key of :data:`~mmseg_volo.inference.video.VIDEO_FORMATS`.
-        processes: among which the images are shared out; needs a :class:`Recipe`. Videos are predicted one by one.
-        resume: leave out what was done before, by a run with the same recipe and options; needs a :class:`Recipe`.
+        processes: number of processes that share the images; more than one needs a :class:`Recipe`. Videos are
+            predicted one by one.
+        resume: skip what an earlier run with the same recipe and options did; needs a :class:`Recipe`.
 
     Returns:
         The files that failed, each with the reason.
 
     Raises:
-        FileNotFoundError, FileExistsError: as :func:`find_sources`; a result would replace a source.
-        ConfigError: results of another recipe or other options are to be resumed.
-        OutputError: the disk is full, or the like.
-        Stopped: by SIGINT or SIGTERM; what was done until then is whole.
+        FileNotFoundError, FileExistsError: see :func:`find_sources`; or a result would replace a source.
+        ConfigError: ``resume`` finds results of another recipe or other options.
+        OutputError: the disk is full or broken.
+        Stopped: by SIGINT or SIGTERM; all results so far are complete.
     """
     outputs = Outputs(Path(out_dir), with_overlay, with_legend, opacity, video_format)
     images, videos = find_sources(sources, out_dir)
     _check_folder(outputs.folder, {**images, **videos})
-    journal = None
+    manifest = None
     if isinstance(predictor, Recipe):
-        same = 'window_batch', 'cuda_graph'  # options with the same results
-        decisive = {name: value or None for name, value in predictor.options.items() if name not in same}
-        shown = dict(overlay=with_overlay, legend=with_legend, opacity=opacity, video_format=video_format)
-        made_with = identity(predictor.config, predictor.checkpoint, predictor.aug_test, **decisive, **shown)
-        journal = Journal(outputs.folder, made_with, resume)
+        same_results = 'window_batch', 'cuda_graph'
+        options = {name: value or None for name, value in predictor.options.items() if name not in same_results}
+        options.update(overlay=with_overlay, legend=with_legend, opacity=opacity, video_format=video_format)
+        made_with = identity(predictor.config, predictor.checkpoint, predictor.aug_test, **options)
+        manifest = Manifest(outputs.folder, made_with, resume)
     elif processes > 1 or resume:
-        raise TypeError('several processes and resume need a Recipe: a Predictor cannot be made again')
+        raise TypeError('resume and more than one process need a Recipe in place of a Predictor')
     if resume:
         everything = len(images) + len(videos)
-        images = {path: target for path, target in images.items() if not journal.has(path)}
-        videos = {path: target for path, target in videos.items() if not journal.has(path)}
+        images = {path: target for path, target in images.items() if not manifest.has(path)}
+        videos = {path: target for path, target in videos.items() if not manifest.has(path)}
         todo = len(images) + len(videos)
         print(f'{everything - todo} done before, {todo} to do', file=sys.stderr)
         if not todo:
             return {}
-    return _Run(predictor, outputs, journal, processes).do(images, videos)
+    return _Run(predictor, outputs, manifest, processes).do(images, videos)
 
 
 def _check_folder(folder: Path, targets: dict[Path, Path]) -> None:
-    """Make the output folder, and see that it can be written and that no result would replace a source."""
+    """Make the output folder. Check that it is writable and that no result would replace a source."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f'{folder} is a file; the results need a folder')
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f'{folder} cannot be written to: no permission, or a read-only disk')
-    place, sources = folder.resolve(), {path.resolve() for path in targets}
+        raise PermissionError(f'cannot write to {folder}: no permission, or a read-only disk')
+    sources = {path.resolve() for path in targets}
     for path, target in targets.items():
-        for ending in ('.png', '_overlay.png', '_confidence.png'):
-            if _result(place / target, ending) in sources:
-                raise FileExistsError(
-                    f'the results of {path} would replace a source in {folder}; choose another folder'
-                )
+        if any(_result(folder.resolve() / target, ending) in sources for ending in _ENDINGS):
+            raise FileExistsError(f'the results of {path} would replace a source in {folder}; choose another folder')
 
 
 def _result(target: Path, ending: str) -> Path:
@@ -232,12 +236,12 @@ def _result(target: Path, ending: str) -> Path:
 
 
 class _Run:
-    """One run over images, then videos, with its bar, its journal and what failed."""
+    """One run over images, then videos: progress bar, manifest and failures."""
 
-    def __init__(self, predictor: Predictor | Recipe, outputs: Outputs, journal: Journal | None, processes: int):
-        self._predictor, self._outputs, self._journal, self._processes = predictor, outputs, journal, processes
+    def __init__(self, predictor: Predictor | Recipe, outputs: Outputs, manifest: Manifest | None, processes: int):
+        self._predictor, self._outputs, self._manifest, self._processes = predictor, outputs, manifest, processes
         self._failed: dict[Path, str] = {}
-        self._done, self._begun = 0, False
+        self._done = 0
 
     def do(self, images: dict[Path, Path], videos: dict[Path, Path]) -> dict[Path, str]:
         total = len(images) + len(videos)
@@ -248,12 +252,14 @@ class _Run:
                 for path, target in videos.items():
                     self._video(path, target, stop)
         except Stopped as stopped:
-            further = '; the same command with --resume goes on' if self._journal else ''
-            print(f'{stopped}: {self._done} of {total} are done{further}', file=sys.stderr)
+            hint = '; run the same command with --resume to continue' if self._manifest else ''
+            print(f'{stopped}: {self._done} of {total} are done{hint}', file=sys.stderr)
             raise
         except OutputError as error:
-            further = ', then go on with --resume' if self._journal else ''
-            raise OutputError(f'{error}; {self._done} of {total} are done: make room{further}') from error
+            hint = ', then continue with --resume' if self._manifest else ''
+            raise OutputError(
+                f'{error}; {self._done} of {total} are done: free disk space or repair the disk{hint}'
+            ) from error
         return self._failed
 
     def _load(self) -> Predictor:
@@ -262,12 +268,12 @@ class _Run:
         return self._predictor
 
     def _begin(self) -> None:
-        if self._journal is not None and not self._begun:
-            self._journal.begin()
-        self._begun = True
+        """Start the manifest; called after the model is loaded, so that an error there leaves the old manifest."""
+        if self._manifest is not None:
+            self._manifest.begin()
 
     def _images(self, images: dict[Path, Path], stop: StopSignals) -> None:
-        # The bar goes to stderr as logs do, so that stdout can be piped.
+        # The bar goes to stderr, like logs, so that stdout can be piped.
         results = self._results(images, stop)
         with contextlib.closing(results), tqdm(total=len(images), unit='image', file=sys.stderr) as bar:
             for (path, _), files, reason in results:
@@ -275,19 +281,19 @@ class _Run:
                 bar.update()
 
     def _results(self, images: dict[Path, Path], stop: StopSignals) -> Iterator[tuple]:
-        """Each image and target with the files written, or with why not."""
+        """Yield each (image, target), the files written, and the reason if it failed."""
         processes = min(self._processes, len(images))
         if processes > 1:
-            start = partial(_start, self._predictor, self._outputs)
+            start = partial(_start_worker, self._predictor, self._outputs)
             with contextlib.closing(share_out(start, images.items(), processes, stop, self._begin)) as results:
-                for task, result, died in results:
-                    if died:
+                for task, result, crash in results:
+                    if crash:
                         _remove_parts(self._outputs.folder / task[1])
-                    yield task, *(([], died) if died else result)
+                    yield task, *(([], crash) if crash else result)
         else:
             predictor = self._load()
             self._begin()
-            with contextlib.closing(_work(predictor, self._outputs, images.items(), stop)) as results:
+            with contextlib.closing(_predict_images(predictor, self._outputs, images.items(), stop)) as results:
                 for task, result in zip(images.items(), results, strict=True):
                     yield task, *result
             stop.check()
@@ -299,9 +305,9 @@ class _Run:
         predictor = self._load()
         self._begin()
         try:
-            told = predict_video(predictor, path, outputs.folder / file, outputs.with_legend, outputs.opacity, stop)
-            if told:
-                tqdm.write(f'{path}: {told}', file=sys.stderr)
+            note = predict_video(predictor, path, outputs.folder / file, outputs.with_legend, outputs.opacity, stop)
+            if note:
+                tqdm.write(f'{path}: {note}', file=sys.stderr)
         except Exception as error:
             reason = _reason(error)
         self._note(path, [str(file)], reason)
@@ -312,35 +318,36 @@ class _Run:
             tqdm.write(f'skipped {path}: {reason}', file=sys.stderr)
             return
         self._done += 1
-        if self._journal is not None:
-            self._journal.add(path, files)
+        if self._manifest is not None:
+            self._manifest.add(path, files)
 
 
-def _start(recipe: Recipe, outputs: Outputs, rank: int) -> Work:
-    """What one of several processes does."""
-    return partial(_work, recipe.load(rank), outputs)
+def _start_worker(recipe: Recipe, outputs: Outputs, rank: int) -> Work:
+    """Load the model in a worker process; return the function that does its tasks."""
+    return partial(_predict_images, recipe.load(rank), outputs)
 
 
-def _work(
+def _predict_images(
     predictor: Predictor, outputs: Outputs, tasks: Iterable[tuple[Path, Path]], stop: StopSignals
 ) -> Iterator[tuple[list[str], str | None]]:
-    """For each image and target the files that were written, and None; or none, and why.
+    """Yield for each (image, target) the files written and None, or no files and why the image failed.
 
-    One image's files are written while the next one is predicted: what is yielded is on the disk.
+    A thread writes the files of one image while the model predicts the next one. The files of what is yielded are on
+    the disk.
     """
-    with contextlib.closing(_loaded(predictor, tasks)) as loaded_ones, ThreadPoolExecutor(1) as writer:
+    with contextlib.closing(ahead(_load(predictor, tasks))) as images, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
         try:
-            for target, loaded in loaded_ones:
+            for target, loaded in images:
                 stop.check()
                 try:
-                    image, data = loaded.result()
-                    found = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
-                    job = partial(_written, predictor, outputs, target, image, found)
-                except (Stopped, OutputError):
-                    raise
-                except Exception as error:  # whatever is wrong with one picture, the others are still wanted
-                    job = partial(_failed, _reason(error))
+                    if isinstance(loaded, Exception):
+                        raise loaded
+                    image, data = loaded
+                    prediction = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
+                    job = partial(_save_or_fail, predictor, outputs, target, image, prediction)
+                except Exception as error:
+                    job = partial(_failure, _reason(error))
                 if writing is not None:
                     yield writing.result()
                 writing = writer.submit(job)
@@ -352,78 +359,71 @@ def _work(
             yield writing.result()
 
 
-def _failed(reason: str) -> tuple[list[str], str]:
+def _failure(reason: str) -> tuple[list[str], str]:
     return [], reason
 
 
-def _written(*arguments) -> tuple[list[str], str | None]:
+def _save_or_fail(*arguments) -> tuple[list[str], str | None]:
     try:
         return _save(*arguments), None
     except Exception as error:
-        return _failed(_reason(error))
+        return _failure(_reason(error))
 
 
 def _reason(error: Exception) -> str:
-    """Why one file failed, for users; errors that end the run are raised."""
+    """Say why one file failed. Raise the errors that end the whole run."""
     if isinstance(error, (Stopped, OutputError)):
         raise error
     if isinstance(error, torch.cuda.OutOfMemoryError):
         torch.cuda.empty_cache()
-        return 'the GPU has not enough memory for it; try --device cpu'
+        return 'not enough GPU memory; try --device cpu'
     return str(error) or type(error).__name__
 
 
-def _loaded(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, Future]]:
-    """Each target with its picture and what the pipeline made of it, one ahead of the caller.
+def _load(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, tuple | Exception]]:
+    """Yield each target with its image and the prepared data, or with the error.
 
-    A large picture's views would take too much memory beside those of the one at work: it is only read.
+    Large images are only read: their views would take too much memory beside those of the image being predicted.
     """
-
-    def load(path: Path) -> tuple[np.ndarray, dict | None]:
-        image = read_image(path)
-        return image, predictor.prepare(image) if image.shape[0] * image.shape[1] <= PREPARED_AHEAD else None
-
-    with ThreadPoolExecutor(1) as pool:
-        current = None
-        for path, target in tasks:
-            following = target, pool.submit(load, path)
-            if current is not None:
-                yield current
-            current = following
-        if current is not None:
-            yield current
+    for path, target in tasks:
+        try:
+            image = read_image(path)
+            small = image.shape[0] * image.shape[1] <= PREPARED_AHEAD
+            loaded = image, predictor.prepare(image) if small else None
+        except Exception as error:
+            loaded = error
+        yield target, loaded
 
 
-def _save(predictor: Predictor, outputs: Outputs, target: Path, image: np.ndarray, found: Prediction) -> list[str]:
-    """Write what is wanted of one picture; the files, by their place in the output folder."""
+def _save(predictor: Predictor, outputs: Outputs, target: Path, image: np.ndarray, prediction: Prediction) -> list[str]:
+    """Write the results of one image; return their paths below the output folder."""
     dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
-    pictures = {'.png': found.classes.astype(dtype)}
-    if found.confidence is not None:
-        pictures['_confidence.png'] = np.rint(found.confidence * 255).astype(np.uint8)
+    results = {'.png': prediction.classes.astype(dtype)}
+    if prediction.confidence is not None:
+        results['_confidence.png'] = np.rint(prediction.confidence * 255).astype(np.uint8)
     if outputs.with_overlay:
-        painted = overlay(image, found.classes, predictor.palette, outputs.opacity)
+        painted = overlay(image, prediction.classes, predictor.palette, outputs.opacity)
         if outputs.with_legend:
-            painted = add_legend(painted, entries_of(predictor.classes, predictor.palette, found.classes))
-        pictures['_overlay.png'] = painted
-    for ending, picture in pictures.items():
-        _write(_result(outputs.folder / target, ending), picture)
-    return [str(_result(target, ending)) for ending in pictures]
+            painted = add_legend(painted, entries_of(predictor.classes, predictor.palette, prediction.classes))
+        results['_overlay.png'] = painted
+    for ending, result in results.items():
+        _write(_result(outputs.folder / target, ending), result)
+    return [str(_result(target, ending)) for ending in results]
 
 
 def _write(path: Path, image: np.ndarray) -> None:
-    """Write a PNG."""
     data = cv2.imencode('.png', image)[1].tobytes()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
             part.write_bytes(data)
     except OSError as error:
-        if error.errno in _ALL_FAIL:
+        if error.errno in _FATAL:
             raise OutputError(f'{path} cannot be written ({error.strerror})') from error
         raise
 
 
 def _remove_parts(target: Path) -> None:
-    """Remove what a process that was killed left half-written of a target."""
-    for ending in ('.png', '_overlay.png', '_confidence.png'):
+    """Remove the incomplete results that a killed process left."""
+    for ending in _ENDINGS:
         part_of(_result(target, ending)).unlink(missing_ok=True)

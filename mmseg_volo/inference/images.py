@@ -1,4 +1,4 @@
-"""Read images, and bring arrays of other kinds into the form that the models take."""
+"""Read images and convert arrays to the form that the models take: BGR (H, W, 3), uint8."""
 
 from pathlib import Path
 
@@ -10,24 +10,21 @@ from ..datasets.checks.headers import read_header
 
 
 def as_bgr(image: np.ndarray) -> np.ndarray:
-    """A picture as the models take it: BGR (H, W, 3), uint8.
+    """Convert an image to BGR (H, W, 3), uint8. Return an image of this form as it is, not a copy.
 
     Args:
-        image: (H, W) or (H, W, 1), grey; (H, W, 3), BGR; or (H, W, 4), BGR and alpha, which is left out. Of integers
-            from 0 to 255; uint16 above that, of which the upper 8 bits are taken, as from files; or floats from 0 to 1,
-            or else from 0 to 255.
-
-    Returns:
-        The picture itself where it is so already.
+        image: (H, W) or (H, W, 1), grey; (H, W, 3), BGR; or (H, W, 4), BGR and alpha, which is dropped. Values are
+            integers from 0 to 255, or floats from 0 to 1 or from 0 to 255. If uint16 values exceed 255, the upper 8
+            bits are used.
 
     Raises:
-        ValueError: another shape or type, no pixels, or values that are out of range or not finite.
+        ValueError: another shape or dtype, no pixels, or values that are out of range or not finite.
     """
     if not isinstance(image, np.ndarray):
-        raise ValueError(f'expected a picture as a NumPy array (H, W, 3), BGR, uint8, got {type(image).__name__}')
-    what = f'a picture of shape {image.shape}, {image.dtype}'
-    is_picture = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
-    if not is_picture or image.dtype.kind not in 'uif':
+        raise ValueError(f'expected an image as a NumPy array (H, W, 3), BGR, uint8, got {type(image).__name__}')
+    what = f'an image of shape {image.shape}, {image.dtype}'
+    is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3, 4))
+    if not is_image or image.dtype.kind not in 'uif':
         raise ValueError(f'{what}: expected (H, W, 3), BGR, uint8; (H, W) and 4 channels, 16 bits and floats work too')
     if not image.size:
         raise ValueError(f'{what}: it has no pixels')
@@ -46,17 +43,17 @@ def as_bgr(image: np.ndarray) -> np.ndarray:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The picture in a file as the models take it: BGR (H, W, 3), uint8.
+    """Read an image file: BGR (H, W, 3), uint8.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no image, or broken.
+        OSError: the file cannot be read.
+        ValueError: the file is no image, or broken.
     """
     data = path.read_bytes()
     try:
         read_header(data)
         image = mmcv.imfrombytes(data)
-        if image is None:  # OpenCV converts up to 16 bits a value by itself
+        if image is None:  # OpenCV converts only up to 16 bits per value
             image = mmcv.imfrombytes(data, flag='unchanged')
     except ValueError as error:
         raise ValueError(f'it is no image, or broken: {error}') from error

@@ -1,4 +1,4 @@
-"""What a folder of results was made with, and which of them are done: so that a run can go on where it stopped."""
+"""Record what a folder of results was made with and what is done, so that an interrupted run can continue."""
 
 import contextlib
 import io
@@ -16,36 +16,38 @@ NAME = 'predict.jsonl'
 
 
 def identity(config: Config, checkpoint: str, aug_test: bool, **options) -> dict:
-    """What decides the results: the config's parts that predict, the checkpoint's bytes, and options."""
+    """Describe what determines the results: hashes of the model and pipeline config and of the checkpoint, options."""
     parts = [config.model, config.get('test_dataloader', {}).get('dataset', {}).get('pipeline')]
     if aug_test:
         parts += [config.get('tta_model'), config.get('tta_pipeline')]
     text = json.dumps(parts, default=str, sort_keys=True)
-    url = None if Path(checkpoint).is_file() else io.BytesIO(checkpoint.encode())
-    digest = sha256(url or checkpoint)
+    content = checkpoint if Path(checkpoint).is_file() else io.BytesIO(checkpoint.encode())  # of a URL its text
     return dict(
         config=[config.filename and Path(config.filename).name, sha256(io.BytesIO(text.encode()))],
-        checkpoint=[Path(checkpoint).name, digest],
+        checkpoint=[Path(checkpoint).name, sha256(content)],
         **{'aug-test': aug_test},
         **options,
     )
 
 
-class Journal:
-    """The file ``predict.jsonl`` in a folder of results: a line of what they were made with, and one for each result.
+class Manifest:
+    """The file ``predict.jsonl`` in a folder of results.
+
+    Its first line says what the results were made with; each further line says that a source is done.
 
     Args:
-        folder: where the results go.
+        folder: the output folder.
         made_with: see :func:`identity`.
-        resume: go on with the journal that is there; else :meth:`begin` puts a new one in its place.
+        resume: continue the manifest in the folder; otherwise :meth:`begin` replaces it.
 
     Raises:
-        ConfigError: the journal that is there is of other results, or no journal.
+        ConfigError: the manifest in the folder is of other results, or is damaged.
     """
 
     def __init__(self, folder: Path, made_with: dict, resume: bool):
         self._folder, self._path, self._made_with = folder, folder / NAME, made_with
         self._done: dict[str, dict] = {}
+        self._begun = False
         self._resumes = resume and self._path.exists()
         if self._resumes:
             self._read()
@@ -56,24 +58,27 @@ class Journal:
             before = dict(json.loads(first))
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                f'{self._path} is no record of what was predicted; leave out --resume to begin again'
+                f'{self._path} is no record of predictions; leave out --resume to predict everything again'
             ) from error
         before.pop('mmseg_volo', None)
         now = self._made_with
-        names = [name for name in {**before, **now} if _decisive(before.get(name)) != _decisive(now.get(name))]
+        names = [name for name in {**before, **now} if _essence(before.get(name)) != _essence(now.get(name))]
         if names:
             what = ', '.join(f'{name} ({_brief(before.get(name))} then, {_brief(now.get(name))} now)' for name in names)
             raise ConfigError(
-                f'{self._path}: the results there were made with something else: {what}. Take another --out, or the '
-                'same as then, or leave out --resume to make all anew'
+                f'{self._path}: the results there were made with something else: {what}. Choose another --out, or use '
+                'the same options as then, or leave out --resume to predict everything again'
             )
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last one may be cut off
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line may be cut off
                 entry = json.loads(line)
                 self._done[entry['source']] = entry
 
     def begin(self) -> None:
-        """Write the first line, or make sure of the last one's end."""
+        """Write the first line of a new manifest, or end the last line of an old one. Later calls do nothing."""
+        if self._begun:
+            return
+        self._begun = True
         if self._resumes:
             with self._path.open('a', encoding='utf-8') as file:
                 file.write('\n')
@@ -82,13 +87,13 @@ class Journal:
             part.write_text(json.dumps(dict(mmseg_volo='predict', **self._made_with)) + '\n', encoding='utf-8')
 
     def add(self, source: Path, files: Iterable[str]) -> None:
-        """Note that a source is done, and the files that it gave, by their place in the folder."""
+        """Note that a source is done, with the paths of its results below the output folder."""
         entry = dict(**_mark(source), files=list(files))
         with self._path.open('a', encoding='utf-8') as file:
             file.write(json.dumps(entry) + '\n')
 
     def has(self, source: Path) -> bool:
-        """Whether a source, as it is now, is done and all its files are there."""
+        """Return whether a source is done, is unchanged since, and has all its results."""
         entry = self._done.get(os.path.abspath(source))
         return (
             entry is not None
@@ -102,8 +107,8 @@ def _mark(source: Path) -> dict:
     return dict(source=os.path.abspath(source), size=status.st_size, time=status.st_mtime_ns)
 
 
-def _decisive(value):
-    return value[-1] if isinstance(value, list) else value  # a file's name does not matter, its hash does
+def _essence(value):
+    return value[-1] if isinstance(value, list) else value  # of a file the hash, not the name
 
 
 def _brief(value) -> str:

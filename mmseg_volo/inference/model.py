@@ -1,4 +1,4 @@
-"""Build a model from a config and a checkpoint, as mmseg's ``init_model`` does."""
+"""Build a model from a config and a checkpoint, like mmseg's ``init_model``."""
 
 import copy
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from ..checkpoints.compatibility import check_checkpoint, check_class_names, dataset_meta_of
 from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
 from ..utils.devices import check_device
+from ..utils.unwrap import bare_dataset
 
 
 def init_model(
@@ -25,27 +26,26 @@ def init_model(
     device: str | None = None,
     cfg_options: dict | None = None,
 ) -> nn.Module:
-    """Build a config's model and load a checkpoint into it: mmseg's :func:`~mmseg.apis.init_model`, with differences.
+    """Build the model of a config and load a checkpoint into it.
 
-    The default ``device`` is a GPU where there is one, else the CPU. A ``config`` object is not changed. Weights
-    without ``meta`` are taken; names and colours of the classes then come from the config's data set. A checkpoint of
-    another model, or of classes with other names, is refused unless ``model.test_cfg.allow_mismatch`` is true.
+    Differs from mmseg's :func:`~mmseg.apis.init_model`: a checkpoint of another model, or of other class names, is
+    refused unless ``model.test_cfg.allow_mismatch`` is true; a checkpoint without ``meta`` is accepted, and gets the
+    class names and colours of the config's data set; a ``config`` object is not changed.
 
     Args:
         config: config file or object.
-        checkpoint: path or URL; without one the weights are random. An ``.onnx`` file of ``tools/export.py`` stands for
-            the whole network.
-        device: 'cpu', 'cuda', 'cuda:1', ...
-        cfg_options: overrides of the config, as ``dict(model=dict(test_cfg=dict(allow_mismatch=True)))``.
+        checkpoint: path or URL, or an ``.onnx`` file of ``tools/export.py``; without one the weights are random.
+        device: 'cpu', 'cuda', 'cuda:1', ...; default: a GPU if there is one, else the CPU.
+        cfg_options: overrides of the config, such as ``dict(model=dict(test_cfg=dict(allow_mismatch=True)))``.
 
     Returns:
-        The model in eval mode, with ``cfg`` and ``dataset_meta`` (``classes`` and ``palette``, RGB), as
-        :func:`mmseg.apis.inference_model` and :func:`mmseg.apis.show_result_pyplot` want it.
+        The model in eval mode, with ``cfg`` and ``dataset_meta`` (``classes`` and ``palette``, RGB), which
+        :func:`mmseg.apis.inference_model` and :func:`mmseg.apis.show_result_pyplot` need.
 
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading` and
             :mod:`mmseg_volo.checkpoints.compatibility`.
-        ConfigError: there is no such GPU.
+        ConfigError: the device does not exist.
     """
     device = device or get_device()
     check_device(device)
@@ -71,16 +71,16 @@ def init_model(
 
 
 def exported_config(config: Config, path: str, device: str, allow_mismatch: bool = False) -> Config:
-    """A config whose network is an exported file, after comparing the classes of both, for a runner.
+    """Return a config for a runner whose network is an exported file with the classes of the config's data set.
 
     Args:
-        config: it is not changed.
+        config: not changed.
         path: an ``.onnx`` file of ``tools/export.py``.
-        device: where it runs.
-        allow_mismatch: take other classes than those of the data set.
+        device: 'cpu', 'cuda', 'cuda:1', ...
+        allow_mismatch: accept other class names than those of the data set.
 
     Raises:
-        CheckpointError: the names of the classes differ.
+        CheckpointError: the class names differ.
         CheckpointError, ConfigError, FileNotFoundError: see :func:`~mmseg_volo.models.onnx.with_onnx`.
     """
     config, content = with_onnx(config, path, device)
@@ -91,29 +91,27 @@ def exported_config(config: Config, path: str, device: str, allow_mismatch: bool
 
 
 def dataset_meta(config: Config) -> dict:
-    """Names and colours of the classes of the data set that a config tests on: ``classes`` and ``palette``, if any."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
-    while 'type' in dataset and ('dataset' in dataset or 'datasets' in dataset):  # wrappers
-        dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
+    """Return ``classes`` and ``palette`` (RGB) of a config's test data set, as far as they are known."""
+    dataset = bare_dataset((config.get('test_dataloader') or {}).get('dataset'))
     kind = dataset.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    own = dict(getattr(kind, 'METAINFO', {}))
-    asked = dataset.get('metainfo')
-    asked = {k: v for k, v in (asked or {}).items() if not isinstance(v, str)}  # text names a file of them
-    meta = {**own, **asked}
-    if 'classes' in asked and 'palette' not in asked:  # a part of the data set's own classes
-        colours = dict(zip(own.get('classes', ()), own.get('palette', ()), strict=False))
-        meta['palette'] = [colours[name] for name in asked['classes'] if name in colours]
+    default = dict(getattr(kind, 'METAINFO', {}))
+    given = dataset.get('metainfo') or {}
+    given = {key: value for key, value in given.items() if not isinstance(value, str)}  # a string is a file name
+    meta = {**default, **given}
+    if 'classes' in given and 'palette' not in given:  # a part of the default classes
+        colours = dict(zip(default.get('classes', ()), default.get('palette', ()), strict=False))
+        meta['palette'] = [colours[name] for name in given['classes'] if name in colours]
     return {name: list(meta[name]) for name in ('classes', 'palette') if meta.get(name)}
 
 
 def _complete(given: Mapping, known: Mapping, count: int) -> dict:
-    """The checkpoint's classes, or the data set's where they are as many as the model's, or numbers; with colours."""
+    """Return ``classes`` and ``palette``: the checkpoint's, else the data set's if the count fits, else defaults."""
     classes = given.get('classes')
     if not classes:
         classes = known['classes'] if len(known.get('classes', ())) == count else [str(i) for i in range(count)]
     palettes = [given.get('palette'), known.get('palette')]
     palette = next((p for p in palettes if p is not None and len(p) == len(classes)), None)
-    if palette is None:  # as mmseg draws them
+    if palette is None:  # mmseg's random colours
         palette = np.random.RandomState(42).randint(0, 255, (len(classes), 3)).tolist()
     return dict(classes=classes, palette=palette)

@@ -1,4 +1,9 @@
-"""Work shared out among processes, as each becomes free; one that dies takes no more with it than it was at."""
+"""Process pool: each task goes to a free worker; a crash loses only that worker's tasks.
+
+:class:`concurrent.futures.ProcessPoolExecutor` does not fit: one crash fails the tasks of all its workers, an error in
+an initializer loses its type and message, and a worker runs one call at a time, so that it cannot read the next image
+and write the last one while the model works.
+"""
 
 import contextlib
 import multiprocessing
@@ -13,8 +18,8 @@ import torch
 
 from ..utils.signals import Stopped, StopSignals
 
-_AHEAD = 3  # tasks that a process has at a time: it prepares one, works on one and writes one's results
-_PATIENCE = 20.0  # seconds for a process to come to the end of what it is at
+_QUEUE = 3  # tasks that a worker holds: it prepares one, works on one, and writes the results of one
+_PATIENCE = 20.0  # seconds that a worker has to finish its current step
 
 Work = Callable[[Iterable, StopSignals], Iterator]
 
@@ -22,32 +27,33 @@ Work = Callable[[Iterable, StopSignals], Iterator]
 def share_out(
     start: Callable[[int], Work], tasks: Iterable, processes: int, stop: StopSignals, begin: Callable[[], None]
 ) -> Iterator[tuple]:
-    """Do tasks in several processes; threads of PyTorch and OpenCV are divided among them.
+    """Do tasks in several processes, which share the threads of PyTorch and OpenCV evenly.
 
     Args:
-        start: called in each process with its number, gives what does the work: tasks to results, in their order.
-            Picklable, as tasks and results are.
-        tasks: what is to be done.
-        processes: their number.
-        stop: looked at while waiting.
-        begin: called once, when the first process has started and before it gets a task.
+        start: called in each worker with its rank; returns the function that turns an iterator of tasks into an
+            iterator of results in the same order. ``start``, tasks and results must be picklable.
+        tasks: the tasks.
+        processes: number of workers.
+        stop: polled while waiting.
+        begin: called each time a worker is ready, before it gets its first task.
 
     Yields:
-        A task, its result, and None; or for each task that a process had when it died the task, None, and the reason.
+        (task, result, None); or for each task in the queue of a crashed worker (task, None, reason).
 
     Raises:
         Stopped: by ``stop``.
-        Exception: what ``start`` or the work raises in a process.
+        Exception: an error from ``start`` or from the work in a worker.
     """
     context = multiprocessing.get_context('spawn')
     threads = max(1, torch.get_num_threads() // processes)
     workers: dict[Connection, tuple] = {}
-    due = iter(tasks)
-    begun = ended = False
+    remaining = iter(tasks)
+    exhausted = False
     why = ''
     handler = signal.getsignal(signal.SIGINT)
     with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it: Ctrl-C goes to all, and this one tells them
+        # Workers inherit this: a terminal sends Ctrl-C to all processes, but only the parent decides when they end.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for rank in range(processes):
             ours, theirs = context.Pipe()
@@ -58,43 +64,42 @@ def share_out(
     finally:
         with contextlib.suppress(ValueError):
             signal.signal(signal.SIGINT, handler)
-    open_ones = dict(workers)
+    alive = dict(workers)
     try:
-        while open_ones:
-            for connection in wait(list(open_ones), timeout=0.2):
-                rank, process, held = open_ones[connection]
+        while alive:
+            for connection in wait(list(alive), timeout=0.2):
+                rank, process, queue = alive[connection]
                 try:
                     kind, value = connection.recv()
                 except (EOFError, OSError):
-                    del open_ones[connection]
+                    del alive[connection]
                     process.join(_PATIENCE)
-                    if held or process.exitcode:
-                        why = f'process {rank} of {processes} {_end_of(process.exitcode)}'
-                    yield from ((task, None, f'{why} while it was at this or one of the two before') for task in held)
+                    if queue or process.exitcode:
+                        why = f'process {rank} of {processes} {_describe_exit(process.exitcode)}'
+                    yield from ((task, None, f'{why} with this task in its queue') for task in queue)
                     continue
                 if kind == 'error':
                     raise value
-                if kind == 'ready' and not begun:
+                if kind == 'ready':
                     begin()
-                    begun = True
                 if kind == 'result':
-                    yield held.pop(0), value, None
-                while len(held) < _AHEAD and not ended:
-                    task = next(due, None)
+                    yield queue.pop(0), value, None
+                while len(queue) < _QUEUE and not exhausted:
+                    task = next(remaining, None)
                     if task is None:
-                        ended = True
-                        for other in open_ones:
+                        exhausted = True
+                        for other in alive:
                             _send(other, None)
                     else:
-                        held.append(task)
+                        queue.append(task)
                         _send(connection, task)
             stop.check()
-        yield from ((task, None, f'no process was left to do it: {why}') for task in due)
+        yield from ((task, None, f'no process was left for it: {why}') for task in remaining)
     finally:
         for connection in workers:
             connection.close()
         for _, process, _ in workers.values():
-            if open_ones:  # by an error or a signal: each ends at the next place where it can
+            if alive:  # after an error or a signal: each worker stops at its next safe point
                 process.terminate()
         for _, process, _ in workers.values():
             process.join(_PATIENCE)
@@ -103,11 +108,11 @@ def share_out(
 
 
 def _send(connection: Connection, message) -> None:
-    with contextlib.suppress(OSError):  # it died: its end is what it says next
+    with contextlib.suppress(OSError):  # the worker crashed; the next wait reports that
         connection.send(message)
 
 
-def _end_of(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     if status is not None and status < 0:
         name = signal.Signals(-status).name
         return f'was ended by {name}{" (out of memory?)" if name == "SIGKILL" else ""}'
@@ -115,7 +120,7 @@ def _end_of(status: int | None) -> str:
 
 
 def _serve(connection: Connection, start: Callable[[int], Work], rank: int, threads: int) -> None:
-    """What a process does: start, then work until it gets None or the one that it works for is gone."""
+    """Run a worker: start, then work until the task None arrives or the parent is gone."""
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
     try:

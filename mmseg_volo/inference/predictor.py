@@ -1,4 +1,4 @@
-"""Predict class maps of images with mmseg's own model, pipeline and test-time augmentation."""
+"""Predict the class ids of images with mmseg's model, pipeline and test-time augmentation."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -22,30 +22,30 @@ from .options import check_tta, set_inference_options
 
 
 class Prediction(NamedTuple):
-    """Class ids (H, W), int64, and where it was asked for the probability (H, W), float32, of the class chosen."""
+    """Class ids (H, W), int64, and with the option ``confidence`` the probability (H, W), float32, of these classes."""
 
     classes: np.ndarray
     confidence: np.ndarray | None
 
 
 class Predictor:
-    """A trained segmentor that turns pictures into class maps.
+    """Predict the class ids of images with a trained segmentor.
 
     Args:
-        config: config file or object; it is not changed.
-        checkpoint: its checkpoint, or an ``.onnx`` file of ``tools/export.py``, which has settled ``precision``,
-            ``compile``, ``channels_last`` and ``cuda_graph``.
-        device: 'cpu', 'cuda', 'cuda:1', ...; by default a GPU where there is one.
+        config: config file or object; not changed.
+        checkpoint: a checkpoint of this config, or an ``.onnx`` file of ``tools/export.py``, which does not take the
+            options ``precision``, ``compile``, ``channels_last`` and ``cuda_graph``.
+        device: 'cpu', 'cuda', 'cuda:1', ...; default: a GPU if there is one, else the CPU.
         aug_test: use the config's ``tta_pipeline`` (multi-scale and flip) and ``tta_model``.
         options: precision, compile, channels_last, window_batch, confidence, cuda_graph, allow_mismatch: see
             :class:`~mmseg_volo.models.segmentors.StreamingEncoderDecoder`.
 
     Attributes:
-        classes, palette: names and RGB colours, as the checkpoint holds them, else the config's data set.
+        classes, palette: class names and RGB colours of the checkpoint, or else of the config's data set.
 
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading`.
-        ConfigError: options or ``aug_test`` on a config without them.
+        ConfigError: the config does not support ``aug_test`` or one of the options.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class Predictor:
         self.pipeline = Compose(_for_arrays(pipeline))
 
     def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':
-        """A predictor with the weights of this one, held in memory once, and other options.
+        """Return a predictor with other options that shares the weights of this one.
 
-        Not for use in one moment with this one, from another thread.
+        Do not use both at the same time from different threads.
 
         Args:
-            aug_test, options: as for the class, without ``allow_mismatch``.
+            aug_test, options: see the class; without ``allow_mismatch``.
 
         Raises:
-            ConfigError: as for the class.
+            ConfigError: see the class.
         """
         config = copy.deepcopy(self._config)
         set_inference_options(config, aug_test, **options)
@@ -94,17 +94,18 @@ class Predictor:
         return other
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Class ids (H, W), int64, of one picture as :meth:`prepare` takes it."""
+        """Return the class ids (H, W), int64, of one image; see :meth:`prepare` for its form."""
         return self.predict(self.prepare(image)).classes
 
     def prepare(self, image: np.ndarray) -> dict:
-        """What the test pipeline makes of one picture: the input of :meth:`predict`.
+        """Run the test pipeline on one image; return the input of :meth:`predict`.
 
         Args:
-            image: BGR (H, W, 3), uint8, or what :func:`as_bgr` makes this of. Whether an array is RGB cannot be told.
+            image: BGR (H, W, 3), uint8, or an array that :func:`as_bgr` converts to this form. RGB arrays cannot be
+                detected: the caller converts them.
 
         Raises:
-            ValueError: no such picture, or too small for the pipeline.
+            ValueError: no such image, or too narrow for the pipeline.
         """
         if self._takes_colour:
             image = as_bgr(image)
@@ -118,12 +119,12 @@ class Predictor:
 
     @torch.no_grad()
     def predict(self, data: dict, progress: Callable[[int, int], None] | None = None) -> Prediction:
-        """Run the model on what :meth:`prepare` gave.
+        """Run the model on one prepared image.
 
         Args:
-            data: of one picture.
-            progress: is called with the windows done and their number after each batch of them, by models of this
-                package; what it raises ends the prediction.
+            data: the result of :meth:`prepare`.
+            progress: called after each batch of windows with the number of windows done and their total, by models of
+                this package only. An exception from it ends the prediction.
         """
         self._segmentor.test_cfg = self._test_cfg
         network = getattr(self.model, 'network', None)
@@ -131,18 +132,18 @@ class Predictor:
             network.progress = progress
         sample = self.model.test_step(data)[0]
         confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
-        return Prediction(_fetched(sample.pred_sem_seg.data[0], self._segmentor.out_channels), confidence)
+        return Prediction(_to_numpy(sample.pred_sem_seg.data[0], self._segmentor.out_channels), confidence)
 
 
-def _fetched(classes: torch.Tensor, number: int) -> np.ndarray:
-    """Class ids below ``number``; from a GPU they come in 8 bits where these are enough, an eighth of int64."""
-    if classes.is_cuda and classes.dtype == torch.int64 and number <= 256:
+def _to_numpy(classes: torch.Tensor, count: int) -> np.ndarray:
+    """Copy class ids to the CPU. Up to 256 classes leave the GPU as uint8, an eighth of int64."""
+    if classes.is_cuda and classes.dtype == torch.int64 and count <= 256:
         return classes.to(torch.uint8).cpu().numpy().astype(np.int64)
     return classes.cpu().numpy()
 
 
 def _for_arrays(pipeline: Sequence) -> list:
-    """A test pipeline without labels that takes the picture as an array, nested transforms included."""
+    """Change a test pipeline, with its nested transforms, to take an array instead of a file, and no labels."""
     out = []
     for step in pipeline:
         if not isinstance(step, dict):

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import av
 import cv2
 import numpy as np
 from tqdm import tqdm
 
+from ..utils.ahead import ahead
 from ..utils.files import part_of
 from ..utils.signals import Stopped, StopSignals
 from .predictor import Predictor
@@ -39,8 +40,6 @@ _HIGHEST_RATE, _DEFAULT_RATE = 240, Fraction(25)  # frames per second: what is b
 _LONGEST_GAP, _CLOCK_ERROR = 10, 0.1  # seconds, forwards and backwards; more is a jump where the clock may jump
 _SPARE = 2**23  # bytes of disk space kept free, so that the index of an unfinished file still fits
 SLOTS = 24  # names that the legend has room for
-
-T = TypeVar('T')
 
 
 class VideoLegend:
@@ -131,7 +130,7 @@ def predict_video(
             yield frame, predictor.prepare(frame.image) if frame.image.size <= 3 * PREPARED_AHEAD else None
 
     try:
-        with contextlib.closing(_ahead(load())) as frames, ThreadPoolExecutor(1) as pool:
+        with contextlib.closing(ahead(load())) as frames, ThreadPoolExecutor(1) as pool:
             writing = pool.submit(int)  # nothing to write yet
             for frame, data in frames:
                 stop.check()
@@ -160,16 +159,6 @@ def predict_video(
         bar.close()
         reader.close()
     return '; '.join(reader.notes) or None
-
-
-def _ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield the items, each made in a thread while the caller works on the one before."""
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, items, end)
-        while (current := following.result()) is not end:
-            following = pool.submit(next, items, end)
-            yield current
 
 
 class _Frame(NamedTuple):

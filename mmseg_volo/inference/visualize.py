@@ -1,4 +1,4 @@
-"""Pictures of segmentation results: colours over an image, or image, truth and prediction side by side; legends."""
+"""Draw segmentation results: overlays, side-by-side panels and legends."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ IGNORE = 255
 TITLE_HEIGHT = 26
 GAP = 4
 _TITLE_SIZE = 14
-_LONGEST = 13  # of a name, in letters as wide as high; longer ones are cut rather than to cost a column
-_LEAST_WIDTH = 9  # of a strip, in the same letters, so that a name can be read below the narrowest picture
-# On every machine that has mmseg: Latin, Greek, Cyrillic, Arabic and more, but no Chinese, Japanese or Korean.
+# Widths in multiples of the text size.
+_LONGEST = 13  # of a name in a legend; longer names are cut, because they would cost a column
+_LEAST_WIDTH = 9  # of a legend, so that names can be read below very narrow images
+# Matplotlib ships this font: Latin, Greek, Cyrillic, Arabic and more, but no Chinese, Japanese or Korean.
 _FONT = str(Path(matplotlib.get_data_path(), 'fonts/ttf/DejaVuSans.ttf'))
 _WHITE = (255, 255, 255)
 
 
 def _colour(labels: np.ndarray, palette: np.ndarray, name: str) -> np.ndarray:
-    """Labels (H, W) to BGR colours (H, W, 3), black where ignored."""
+    """Map labels (H, W) to BGR colours (H, W, 3); ignored pixels are black."""
     present = np.unique(labels)
     unknown = [int(label) for label in present if not 0 <= label < len(palette) and label != IGNORE]
     if unknown:
@@ -42,13 +43,13 @@ def _colour(labels: np.ndarray, palette: np.ndarray, name: str) -> np.ndarray:
 def _characters(font: str) -> frozenset[int]:
     try:
         return frozenset(FT2Font(font).get_charmap())
-    except (OSError, RuntimeError):  # a broken font file, or one without a table of characters
+    except (OSError, RuntimeError):  # a broken font file, or one without a character map
         return frozenset()
 
 
 @cache
 def _font_for(text: str) -> str | None:
-    """A font file that has every character of a text: the one that is always there, or one that the system has."""
+    """Find a font file with all characters of a text: Matplotlib's font, or else a font of the system."""
     needed = {ord(c) for c in text if not c.isspace()}
     if needed <= _characters(_FONT):
         return _FONT
@@ -65,7 +66,7 @@ def _width(text: str, size: int) -> int:
 
 
 def _write(draw: ImageDraw.ImageDraw, text: str, left: int, middle: float, size: int, room: int) -> None:
-    """Write black text, smaller where it is wider than ``room``, and cut where it would become unreadable."""
+    """Write black text. Shrink text that is wider than ``room`` while it stays readable, then cut it."""
     if room < size:
         return
     least = min(size, max(9, round(0.75 * size)))
@@ -78,42 +79,42 @@ def _write(draw: ImageDraw.ImageDraw, text: str, left: int, middle: float, size:
 
 
 def text_size(height: int, width: int) -> int:
-    """The size of letters, in pixels, that can be read where a picture is shown as a whole."""
+    """Return a text size in pixels that is readable when the whole image is shown."""
     return max(13, round(max(height, width) / 64))
 
 
 def strip_width(width: int, size: int) -> int:
-    """The width of a legend below a picture of this width: the same, but wide enough to read a name."""
+    """Return the width of the legend below an image of this width: the same, but enough for a name."""
     return max(width, _LEAST_WIDTH * size)
 
 
 def column_width(names: Sequence[str], size: int) -> int:
-    """The width that these names take, in letters of this size, as a legend limits it."""
+    """Return the width in pixels that a legend gives to these names at this text size."""
     return min(max((_width(name, size) for name in names), default=0), _LONGEST * size)
 
 
 def legend(
     width: int, entries: Sequence[tuple[str, Sequence[int]]], size: int, widest: int | None = None
 ) -> np.ndarray:
-    """A white strip with a box of colour and a name for each entry, in as many columns as fit.
+    """Draw a white strip with a coloured box and a name for each entry, in as many columns as fit.
 
     Args:
-        width: of the strip, in pixels.
-        entries: names and RGB colours, as :func:`entries_of` gives them; one without a name leaves its place empty.
-        size: of the letters, in pixels; see :func:`text_size`. Names that do not fit are written smaller, then cut.
-        widest: the width of names; by default the :func:`column_width` of these.
+        width: width of the strip in pixels.
+        entries: names and RGB colours; see :func:`entries_of`. An entry with an empty name leaves its place empty.
+        size: text size in pixels; see :func:`text_size`. Names that do not fit are shrunk, then cut.
+        widest: width of the names in pixels; default: their :func:`column_width`.
 
     Returns:
-        The strip (h, width, 3) uint8, BGR.
+        The strip (h, width, 3), uint8, BGR.
     """
     if widest is None:
         widest = column_width([name for name, _ in entries], size)
     margin, box, row = size // 2, round(1.4 * size), round(1.5 * size)
-    beside = box + margin  # what a name has to its left, in its column
-    columns = max(1, min((width - margin) // (beside + widest + size), len(entries)))
+    indent = box + margin  # of the name in its column
+    columns = max(1, min((width - margin) // (indent + widest + size), len(entries)))
     column = (width - margin) // columns
     if columns > 1:
-        column = min(column, beside + widest + 3 * size)
+        column = min(column, indent + widest + 3 * size)
     rows = -(-len(entries) // columns)
     strip = Image.new('RGB', (width, rows * row + 2 * (margin // 2 + 1)), _WHITE)
     draw = ImageDraw.Draw(strip)
@@ -125,16 +126,16 @@ def legend(
         upper = top + (row - size) // 2
         edges = (left, upper, left + box - 1, upper + size - 1)
         draw.rectangle(edges, tuple(int(c) for c in colour), (0, 0, 0), max(1, size // 16))
-        _write(draw, name, left + beside, top + row / 2, size, column - beside - margin)
+        _write(draw, name, left + indent, top + row / 2, size, column - indent - margin)
     return np.ascontiguousarray(np.asarray(strip)[..., ::-1])
 
 
 def entries_of(
     classes: Sequence[str] | None, palette: Sequence[Sequence[int]], *labels: np.ndarray
 ) -> list[tuple[str, Sequence[int]]]:
-    """What a legend says of label maps: the names and RGB colours of the classes that occur, in their order.
+    """Return the legend of label maps: names and RGB colours of the classes that occur, in order of their ids.
 
-    A class without a name, or with one that no font at hand can write, is 'class 0' and so on.
+    A class is named 'class 0', 'class 1', ... if it has no name or no installed font has all its characters.
     """
     entries = []
     for label in sorted({int(label) for one in labels for label in np.unique(one)}):
@@ -147,34 +148,34 @@ def entries_of(
     return entries
 
 
-def add_legend(picture: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
-    """A picture (H, W, 3) uint8, BGR, with its legend below, in letters that go with its size.
+def add_legend(image: np.ndarray, entries: Sequence[tuple[str, Sequence[int]]]) -> np.ndarray:
+    """Add a legend below an image (H, W, 3), uint8, BGR.
 
     Returns:
-        The picture (H + legend, W, 3); a very narrow one gets white at its right, so that names can be read.
+        The image (H + legend, W, 3); a very narrow image gets a white border at the right, so that names can be read.
     """
-    size = text_size(*picture.shape[:2])
-    width = strip_width(picture.shape[1], size)
-    picture = cv2.copyMakeBorder(picture, 0, 0, 0, width - picture.shape[1], cv2.BORDER_CONSTANT, value=_WHITE)
-    return np.concatenate((picture, legend(width, entries, size)))
+    size = text_size(*image.shape[:2])
+    width = strip_width(image.shape[1], size)
+    image = cv2.copyMakeBorder(image, 0, 0, 0, width - image.shape[1], cv2.BORDER_CONSTANT, value=_WHITE)
+    return np.concatenate((image, legend(width, entries, size)))
 
 
 def overlay(
     image: np.ndarray, prediction: np.ndarray, palette: Sequence[Sequence[int]], opacity: float = 0.5
 ) -> np.ndarray:
-    """Lay the classes' colours over an image.
+    """Blend the colours of the classes over an image.
 
     Args:
-        image: The picture (H, W, 3) uint8, BGR.
-        prediction: Labels (H, W) of an integer type; 255 leaves the image black there.
-        palette: The colour of each class, RGB as in MMSegmentation.
-        opacity: Weight of the colours, from 0 to 1.
+        image: (H, W, 3), uint8, BGR.
+        prediction: class ids (H, W), integers; 255 is drawn black.
+        palette: RGB colour of each class.
+        opacity: weight of the colours, from 0 to 1.
 
     Returns:
-        The picture (H, W, 3) uint8, BGR.
+        The overlay (H, W, 3), uint8, BGR.
 
     Raises:
-        ValueError: If a label is neither 255 nor in the palette.
+        ValueError: a class id is neither 255 nor in the palette.
     """
     colours = _colour(prediction, np.asarray(palette), 'prediction')
     return cv2.addWeighted(image, 1 - opacity, colours, opacity, 0)
@@ -187,32 +188,31 @@ def side_by_side(
     palette: Sequence[Sequence[int]],
     classes: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Put an image, its ground truth and a prediction into one picture.
+    """Draw an image, its ground truth and a prediction as panels in one image, with titles and a legend.
 
     The panels lie from left to right, ``GAP`` pixels apart, below a strip of titles ``TITLE_HEIGHT`` pixels high: the
-    pixel (row, column) of panel ``p`` is at ``[TITLE_HEIGHT + row, p * (W + GAP) + column]``. A legend below names the
-    classes that occur in the truth or the prediction.
+    pixel (row, column) of panel ``p`` is at ``[TITLE_HEIGHT + row, p * (W + GAP) + column]``. The legend below names
+    the classes in the ground truth and the prediction.
 
     Args:
-        image: The picture (H, W, 3) uint8, BGR.
-        truth: Labels (H, W) of an integer type; 255 is ignored and painted black.
-        prediction: Labels (H, W) of an integer type; 255 is painted black.
-        palette: The colour of each class, RGB as in MMSegmentation.
-        classes: The name of each class; without them the legend says 'class 0' and so on.
+        image: (H, W, 3), uint8, BGR.
+        truth: ground truth (H, W), integers; 255 is drawn black.
+        prediction: class ids (H, W), integers; 255 is drawn black.
+        palette: RGB colour of each class.
+        classes: name of each class; default: 'class 0', 'class 1', ...
 
     Returns:
-        The picture (TITLE_HEIGHT + H + legend, 3 * W + 2 * GAP, 3) uint8, BGR.
+        The panels (TITLE_HEIGHT + H + legend, 3 * W + 2 * GAP, 3), uint8, BGR.
 
     Raises:
-        ValueError: If shapes or types do not fit, or a label is neither 255 nor in the palette.
+        ValueError: shapes or dtypes do not fit, or a class id is neither 255 nor in the palette.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f'image must be (H, W, 3) uint8, got {image.shape} {image.dtype}')
     for name, labels in (('truth', truth), ('prediction', prediction)):
         if labels.shape != image.shape[:2] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
-                f'{name} must be integers of the shape {image.shape[:2]} of the image, got {labels.shape} '
-                f'{labels.dtype}'
+                f'{name} must be integers of shape {image.shape[:2]}, like the image, got {labels.shape} {labels.dtype}'
             )
     colours = np.asarray(palette)
     if colours.ndim != 2 or colours.shape[1] != 3 or len(colours) > IGNORE:

@@ -1,4 +1,4 @@
-"""CUDA graphs of a network that sees inputs of few shapes: one launch instead of one for each kernel."""
+"""CUDA graphs of a network with few input shapes: one launch instead of one per kernel."""
 
 import logging
 from collections import Counter
@@ -10,13 +10,13 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_LIMIT = 8  # graphs at a time
-_IDLE = 64  # passes without a graph, after which it may make room for another one: shapes that take turns stay apart
-_COUNTED = 256  # shapes whose uses are counted
+_LIMIT = 8  # maximum of graphs
+_IDLE = 64  # forward passes after which an unused graph may be replaced; fewer would thrash when many shapes alternate
+_COUNTED = 256  # maximum of shapes whose uses are counted
 
 
 class Graph(NamedTuple):
-    """A captured pass. ``replay`` makes ``output`` from what is in ``input``; ``reads`` is what it reads besides."""
+    """A captured forward pass: ``replay`` computes ``output`` from ``input`` and the memory ``reads``."""
 
     replay: Callable[[], None]
     input: Tensor
@@ -25,13 +25,13 @@ class Graph(NamedTuple):
 
 
 class Graphs:
-    """The graphs of one network, by shape.
+    """The graphs of one network, by input shape.
 
-    A graph holds addresses, not tensors: it sees what is written into the weights, and nothing else that changes.
-    :meth:`follow` therefore takes a mark of all that may change, and forgets the graphs when it is another one.
+    A graph stores addresses, not tensors: it sees in-place updates of weights, but no other change. Therefore
+    :meth:`follow` takes a mark of the network's state and drops the graphs when the mark changes.
 
     Attributes:
-        refused: no graphs are made, since one has failed.
+        refused: whether a capture has failed, so that no further graphs are captured.
     """
 
     def __init__(self):
@@ -39,34 +39,34 @@ class Graphs:
         self.refused = False
 
     def __reduce__(self) -> tuple:
-        return type(self), ()  # a copy of the network has other addresses
+        return type(self), ()  # a copied network has other addresses
 
     def clear(self) -> bool:
-        """Forget all graphs, and say whether there were any; what has failed before is not tried again."""
-        held = bool(getattr(self, '_graphs', None))
+        """Drop all graphs and return whether there were any; ``refused`` is kept."""
+        had_any = bool(getattr(self, '_graphs', None))
         self._graphs: dict[tuple, Graph] = {}
         self._used: dict[tuple, int] = {}
         self._uses: Counter = Counter()
         self._passes = 0
         self._mark: object = None
-        self._stream: torch.cuda.Stream | None = None  # of the last runs
-        self._place: tuple = ()  # the stream that they are captured on and the memory that they share
+        self._stream: torch.cuda.Stream | None = None  # stream of the last run
+        self._stream_and_pool: tuple = ()  # capture stream and shared memory pool
         self._weights: dict[torch.dtype, HalfWeights] = {}
-        return held
+        return had_any
 
     def follow(self, mark: object, device: torch.device) -> None:
-        """Keep the graphs only while ``mark`` stays the same; to be called before runs on another stream, too."""
+        """Drop the graphs if ``mark`` has changed. Call it before each series of runs, since the stream may differ."""
         if mark != self._mark:
             self.clear()
             self._mark = mark
         if mark is not None and device.type == 'cuda':
             stream = torch.cuda.current_stream(device)
             if self._stream not in (None, stream):
-                stream.wait_stream(self._stream)  # which may still read what the next run writes to
+                stream.wait_stream(self._stream)  # the old stream may still read what the next run overwrites
             self._stream = stream
 
     def weights(self, network: nn.Module, dtype: torch.dtype, without: tuple[type, ...]) -> 'HalfWeights':
-        """The network's weights in ``dtype``, as they are now; in the same place each time, for the graphs."""
+        """Current weights of the network in ``dtype``, always at the same addresses."""
         if dtype not in self._weights:
             self._weights[dtype] = HalfWeights(network, dtype, without)
         self._weights[dtype].refresh()
@@ -80,24 +80,24 @@ class Graphs:
         uncompiled: Callable[[Tensor], Tensor],
         uses: int,
     ) -> Tensor:
-        """``forward`` of the stacked windows, from a graph where there is one.
+        """Run ``forward`` on the stacked windows, by replaying a graph if there is one.
 
         Args:
-            key: what makes passes differ besides the windows' number, shape and dtype.
+            key: what distinguishes passes besides number, shape and dtype of the windows.
             windows: tensors of one shape and dtype.
-            forward: the pass; it always takes the same way, and gives one tensor.
-            uncompiled: the same without ``torch.compile``, whose operations cannot be looked at.
-            uses: the pass that a graph is captured after.
+            forward: the forward pass; it always runs the same operations and returns one tensor.
+            uncompiled: ``forward`` without ``torch.compile``, so that its operations can be inspected.
+            uses: number of passes after which a graph is captured.
 
         Returns:
-            What ``forward`` gives. The next run writes over it.
+            The result of ``forward``. The next run may overwrite it.
         """
         key = *key, len(windows), windows[0].shape, windows[0].dtype
         graph = self._graphs.get(key)
         self._passes += 1
         if graph is None:
             stacked = torch.stack(tuple(windows))
-            output = forward(stacked)  # also fills whatever the network keeps between passes, ahead of a capture
+            output = forward(stacked)  # also fills the network's caches before a capture
             if self._is_due(key, uses):
                 self._capture(key, stacked, forward, uncompiled)
             return output
@@ -124,11 +124,11 @@ class Graphs:
     def _capture(self, key: tuple, windows: Tensor, forward: Callable, uncompiled: Callable) -> None:
         del self._uses[key]
         try:
-            if not self._place:
-                self._place = new_place(windows.device)
-            self._graphs[key] = capture(windows, forward, uncompiled, *self._place)
+            if not self._stream_and_pool:
+                self._stream_and_pool = new_stream_and_pool(windows.device)
+            self._graphs[key] = capture(windows, forward, uncompiled, *self._stream_and_pool)
             self._used[key] = self._passes
-        except RuntimeError as error:  # out of memory, or an operation that cannot be captured
+        except RuntimeError as error:  # out of memory, or an operation that a graph cannot contain
             reason = str(error).strip().splitlines()[0]
             print_log(f'no CUDA graph of {tuple(windows.shape)}: {reason}', 'current', logging.WARNING)
             self.clear()
@@ -138,12 +138,12 @@ class Graphs:
 
 
 def can_capture(device: torch.device) -> bool:
-    """Whether there are graphs on this device."""
+    """Whether the device supports graphs."""
     return device.type == 'cuda'
 
 
-def new_place(device: torch.device) -> tuple:
-    """A stream to capture on, and memory that all graphs captured there share: no two of them run at one time."""
+def new_stream_and_pool(device: torch.device) -> tuple:
+    """A capture stream, and a memory pool that all graphs share, since no two of them run at the same time."""
     return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
@@ -154,26 +154,26 @@ def capture(
     stream: torch.cuda.Stream,
     pool: tuple,
 ) -> Graph:
-    """Capture ``forward``, which has run on such windows just before: nothing is set up or kept by it any more."""
+    """Capture ``forward``, which must have run on windows of this shape, so that all caches are filled."""
     reads = _Reads(windows)
     with reads:
         uncompiled(windows)
-    with torch.inference_mode(False):  # else it could only be written in that mode
+    with torch.inference_mode(False):  # an inference tensor could be written only in inference mode
         static = torch.empty_like(windows)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may go on: only what this one does must be fit for a graph.
-    how = dict(pool=pool, stream=stream, capture_error_mode='thread_local')
-    # A capture that fails would leave its stream the current one.
+    # 'thread_local': other threads may run operations that cannot be captured.
+    options = dict(pool=pool, stream=stream, capture_error_mode='thread_local')
+    # Restores the current stream, which a failed capture does not.
     before = torch.cuda.stream(torch.cuda.current_stream(windows.device))
-    with torch.cuda.device(windows.device), before, torch.cuda.graph(graph, **how):
+    with torch.cuda.device(windows.device), before, torch.cuda.graph(graph, **options):
         output = forward(static)
     return Graph(graph.replay, static, output, reads.storages())
 
 
 class _Reads(TorchDispatchMode):
-    """Finds the memory that operations read and that none of them has made: weights, and whatever a module keeps.
+    """Record the memory that operations read but did not allocate: weights and caches of modules.
 
-    While a graph holds it, it is not given to other tensors, even if the module lets it go.
+    A graph holds references to it, so that it is not reused even if the module frees it.
     """
 
     def __init__(self, windows: Tensor):
@@ -203,11 +203,11 @@ def _storages(values: object) -> list[torch.UntypedStorage]:
 
 
 def mark_of(network: nn.Module) -> tuple | None:
-    """Where the weights and buffers of a network are, and how often they were written to.
+    """Addresses and versions of all weights and buffers of a network.
 
     Returns:
-        None where a graph could miss something: a module in training mode or with hooks on its forward pass, or
-        tensors of ``torch.inference_mode``, which do not count what is written to them.
+        None if a graph could miss a change: a module is in training mode or has forward hooks, or a tensor was created
+        in ``torch.inference_mode`` and so has no version.
     """
     found: list[int] = []
     modules: list[nn.Module] = [network]
@@ -227,15 +227,15 @@ def mark_of(network: nn.Module) -> tuple | None:
 
 
 class HalfWeights:
-    """Copies of a network's weights in the precision of autocast, all cast at once by few kernels.
+    """Copies of a network's weights in autocast's dtype, cast at once by few kernels.
 
-    Autocast casts each weight by itself when it is first used, and lets it go when its outermost context ends: a graph
-    could not read it again. These stay where they are.
+    Autocast casts each weight separately and frees the copy when its outermost context ends, so a graph could not read
+    it again. These copies keep their addresses. As a context manager, it puts them in the weights' places.
 
     Args:
-        network: of its linear layers and convolutions the float32 weights are copied.
-        dtype: of the copies.
-        without: modules, by their type, that keep float32, as they compute with their weights.
+        network: the network; the float32 weights of its linear layers and convolutions are copied.
+        dtype: dtype of the copies.
+        without: types of modules that keep float32 weights, as they compute with them.
     """
 
     def __init__(self, network: nn.Module, dtype: torch.dtype, without: tuple[type, ...] = ()):
@@ -248,22 +248,23 @@ class HalfWeights:
             if weight is not None and weight.dtype == torch.float32
         ]
         with torch.inference_mode(False):
-            self._copies = [torch.empty_like(of[name], dtype=dtype, requires_grad=False) for of, name in self._places]
-        self._own: list[nn.Parameter] = []
+            self._copies = [
+                torch.empty_like(params[name], dtype=dtype, requires_grad=False) for params, name in self._places
+            ]
+        self._originals: list[nn.Parameter] = []
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast the weights as they are now."""
+        """Copy the current weights."""
         if self._places:
-            torch._foreach_copy_(self._copies, [of[name] for of, name in self._places])
+            torch._foreach_copy_(self._copies, [params[name] for params, name in self._places])
 
     def __enter__(self) -> None:
-        """Put the copies in the weights' places."""
-        self._own = [of[name] for of, name in self._places]
-        for (of, name), copy in zip(self._places, self._copies, strict=True):
-            of[name] = copy
+        self._originals = [params[name] for params, name in self._places]
+        for (params, name), copy in zip(self._places, self._copies, strict=True):
+            params[name] = copy
 
     def __exit__(self, *_) -> None:
-        for (of, name), own in zip(self._places, self._own, strict=True):
-            of[name] = own
-        self._own = []
+        for (params, name), original in zip(self._places, self._originals, strict=True):
+            params[name] = original
+        self._originals = []

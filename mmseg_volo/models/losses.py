@@ -1,10 +1,9 @@
-"""Cross entropy of enlarged logits, without ever holding logits in the size of the labels.
+"""Cross entropy of upsampled logits, without logits of the labels' size.
 
-mmseg enlarges a head's logits to the size of the labels and keeps several tensors of that size: for 150 classes and a
-batch of 16 at 512 x 512, 2.5 GB each. On a GPU a kernel enlarges, and keeps two numbers a pixel
-(:mod:`mmseg_volo.ops.upsampled_cross_entropy`). Elsewhere, and where the kernel cannot run, a band of rows is enlarged,
-its loss and gradient are taken, and the band is forgotten: what stays is the gradient of the logits as the head made
-them.
+mmseg upsamples a head's logits to the labels' size and keeps several tensors of that size: 2.5 GB each for 150 classes
+and a batch of 16 at 512 x 512. Here a GPU kernel upsamples on the fly and keeps two numbers per pixel
+(:mod:`mmseg_volo.ops.upsampled_cross_entropy`). Where the kernel cannot run, the loss and the gradient are computed
+band by band: a band of rows is upsampled, and only the gradient of the coarse logits is kept.
 """
 
 import functools
@@ -20,29 +19,29 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.upsampled_cross_entropy import upsampled_cross_entropy, why_not
 
-# Logits of a band: what a CPU's caches hold; on a GPU enough that launching kernels weighs little (not tuned).
+# Logits per band: on a CPU what fits the cache; on a GPU enough to hide the launches (not tuned).
 _BAND, _BAND_GPU = 2**22, 2**26
-# Where interpolation is the fastest. On a GPU a matrix product is, and its backward adds in one order, not atomically.
+# Devices on which F.interpolate is fastest. On a GPU a matrix product is faster, and its backward is deterministic.
 _INTERPOLATES = ('cpu',)
 
 
 class BandedLoss:
-    """For decode heads of mmseg, before their class: the same losses and accuracy from bands of rows, or by a kernel.
+    """Mixin for mmseg's decode heads, first in the bases: the same losses and accuracy in less memory.
 
-    It stands in for one :class:`CrossEntropyLoss` with softmax and without a pixel sampler, class weights and
-    ``avg_non_ignore`` included; with any other loss the head does what it does in mmseg. On a GPU a label that is
-    neither a class nor ignored makes the loss nan.
+    It handles one :class:`CrossEntropyLoss` with softmax and without a pixel sampler, including class weights and
+    ``avg_non_ignore``; with any other loss the head runs mmseg's code. On a GPU a label that is neither a class nor
+    ignored makes the loss NaN.
     """
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
-        """The losses of a batch.
+        """Compute the losses of a batch.
 
         Args:
             seg_logits: (B, classes, h, w).
             batch_data_samples: with labels of one size (H, W) in ``gt_sem_seg``.
 
         Returns:
-            The loss by its name, and ``acc_seg``, the share of right pixels in percent, not counting ignored ones.
+            The loss under its name, and ``acc_seg``, the percentage of correct pixels among those not ignored.
         """
         loss = self.loss_decode
         plain = type(loss) is CrossEntropyLoss and not loss.use_sigmoid and not loss.use_mask
@@ -52,47 +51,47 @@ class BandedLoss:
         options = dict(ignore_index=self.ignore_index, align_corners=self.align_corners)
         if why_not(seg_logits, labels, self.align_corners) is None:
             weights = _weights(loss, labels.device)
-            total, right = upsampled_cross_entropy(seg_logits, labels, weights, **options)
+            total, correct = upsampled_cross_entropy(seg_logits, labels, weights, **options)
             total = total * loss.loss_weight
         else:
-            total, right = _BandedCrossEntropy.apply(seg_logits, labels, loss, *options.values())
+            total, correct = _BandedCrossEntropy.apply(seg_logits, labels, loss, *options.values())
         counted = labels != self.ignore_index
-        eps = torch.finfo(torch.float32).eps  # as mmseg has it, for labels that are all ignored
+        eps = torch.finfo(torch.float32).eps  # as in mmseg, in case all labels are ignored
         return {
             loss.loss_name: total / (_divisor(loss, labels, counted) + eps),
-            'acc_seg': 100 * (right.reshape(1) + eps) / (counted.sum() + eps),
+            'acc_seg': 100 * (correct.reshape(1) + eps) / (counted.sum() + eps),
         }
 
 
 @MODELS.register_module()
 class LeanFCNHead(BandedLoss, FCNHead):
-    """mmseg's :class:`FCNHead` with the same weights and losses, in less memory."""
+    """mmseg's :class:`FCNHead` with the same weights and losses in less memory."""
 
 
 def _weights(loss: CrossEntropyLoss, device: torch.device) -> Tensor | None:
-    """The weight of each class in float32, None where there are none."""
+    """The class weights in float32, or None."""
     if loss.class_weight is None:
         return None
-    return _kept_weights(tuple(map(float, loss.class_weight)), device)
+    return _cached_weights(tuple(map(float, loss.class_weight)), device)
 
 
 @functools.lru_cache(32)
-def _kept_weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a backward pass may need it later
+def _cached_weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # a later call may need it for a backward pass
         return torch.tensor(weights, device=device)
 
 
 def _divisor(loss: CrossEntropyLoss, labels: Tensor, counted: Tensor) -> Tensor | int:
-    """What mmseg divides the sum by: the pixels, the counted ones, or the sum of their classes' weights."""
+    """mmseg's divisor of the sum: the number of pixels, of pixels not ignored, or the sum of their class weights."""
     weights = _weights(loss, labels.device)
     if weights is not None:
-        # Not weights[labels[counted]], whose size the CPU would wait for.
+        # Not weights[labels[counted]]: its size would make the CPU wait for the GPU.
         return torch.where(counted, weights[labels.clamp(0, len(weights) - 1)], 0).sum()
     return counted.sum() if loss.avg_non_ignore else labels.numel()
 
 
 class _BandedCrossEntropy(torch.autograd.Function):
-    """Sum of a loss over all pixels, and the number of right ones; the gradient is made on the way."""
+    """Sum of a loss over all pixels and number of correct pixels; the forward computes the gradient too."""
 
     @staticmethod
     def forward(ctx, logits, labels, loss, ignore_index, align_corners):
@@ -100,12 +99,12 @@ class _BandedCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(logits.dtype, torch.float32)
         B, classes, h, w = logits.shape
         H, W = labels.shape[1:]
-        enlarge, first, last = _enlarging(h, H, align_corners, dtype, logits.device)
+        upsample, first, last = _resize_matrix(h, H, align_corners, dtype, logits.device)
         columns = None
         if logits.device.type not in _INTERPOLATES:
-            columns = _enlarging(w, W, align_corners, dtype, logits.device)[0].T
+            columns = _resize_matrix(w, W, align_corners, dtype, logits.device)[0].T
         total = torch.zeros((), dtype=dtype, device=logits.device)
-        right = torch.zeros((), dtype=torch.long, device=logits.device)
+        correct = torch.zeros((), dtype=torch.long, device=logits.device)
         grad = torch.zeros(logits.shape, dtype=dtype, device=logits.device) if wanted else None
         rows = max(1, (_BAND if logits.device.type == 'cpu' else _BAND_GPU) // (B * classes * W))
         with torch.autocast(logits.device.type, enabled=False):
@@ -114,36 +113,36 @@ class _BandedCrossEntropy(torch.autograd.Function):
                 source = slice(first[top], last[bottom - 1] + 1)
                 part = logits[:, :, source].to(dtype).requires_grad_(wanted)
                 with torch.set_grad_enabled(wanted):
-                    band = enlarge[top:bottom, source] @ part
+                    band = upsample[top:bottom, source] @ part
                     if columns is None:
                         band = F.interpolate(band, (bottom - top, W), mode='bilinear', align_corners=align_corners)
                     else:
                         band = band @ columns
-                    of_band = labels[:, top:bottom]
-                    value = loss(band, of_band, reduction_override='none', ignore_index=ignore_index).sum()
+                    band_labels = labels[:, top:bottom]
+                    value = loss(band, band_labels, reduction_override='none', ignore_index=ignore_index).sum()
                 if wanted:
                     grad[:, :, source] += torch.autograd.grad(value, part)[0]
                 total += value.detach()
-                right += ((band.detach().argmax(1) == of_band) & (of_band != ignore_index)).sum()
-        ctx.mark_non_differentiable(right)
+                correct += ((band.detach().argmax(1) == band_labels) & (band_labels != ignore_index)).sum()
+        ctx.mark_non_differentiable(correct)
         if wanted:
             ctx.save_for_backward(grad)
             ctx.dtype = logits.dtype
-        return total, right
+        return total, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_total, _):
+    def backward(ctx, grad_total, _):
         (grad,) = ctx.saved_tensors
-        return (grad * of_total).to(ctx.dtype), None, None, None, None
+        return (grad * grad_total).to(ctx.dtype), None, None, None, None
 
 
 @functools.lru_cache(32)
-def _enlarging(
+def _resize_matrix(
     size: int, out: int, align_corners: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, list[int], list[int]]:
-    """The matrix (out, size) that enlarges a line, and the first and last point that each row of it reads."""
-    with torch.inference_mode(False):  # a backward pass may need it later
+    """Matrix (out, size) of a linear resize, and the first and last point that each of its rows reads."""
+    with torch.inference_mode(False):  # a later call may need it for a backward pass
         line = torch.eye(size, dtype=dtype)
         matrix = F.interpolate(line[None], out, mode='linear', align_corners=align_corners)[0].T.contiguous()
         read = (matrix != 0).long()

@@ -1,4 +1,4 @@
-"""A pyramid for VOLO's maps, which have strides 8, 16, 16 and 16."""
+"""Neck that makes a pyramid of VOLO's maps, which have strides 8, 16, 16 and 16."""
 
 from collections.abc import Sequence
 
@@ -12,22 +12,22 @@ from .volo import ARCHS
 
 @MODELS.register_module()
 class VOLOPyramid(BaseModule):
-    """Bring VOLO's four maps to the strides of a pyramid; widths stay, so that the head needs no other numbers.
+    """Resample VOLO's four maps to the strides of a pyramid, without changing their channels.
 
-    ``scales=(2, 2, 1, 0.5)`` gives strides 4, 8, 16, 32 by transposed convolution and max pooling, as mmseg's
-    Feature2Pyramid does for ViT and BEiT. ``scales=(2, 2, 1, 1), project=True`` gives 4, 8, 16, 16 after a 1 x 1
-    convolution with batch norm for each level, as LV-ViT's segmentation does (zihangJiang/TokenLabeling, ``seg/``).
-
-    Args:
-        arch: variant of the backbone, 'd1'...'d5', for the widths; or the widths themselves.
-        scales: factor on the size of each map: 2, 1 or 0.5.
-        project: put the 1 x 1 convolution and norm in front of each level.
-        norm_cfg: norm of ``project``.
+    ``scales=(2, 2, 1, 0.5)`` gives strides 4, 8, 16, 32 by transposed convolution and max pooling, like mmseg's
+    Feature2Pyramid for ViT and BEiT. ``scales=(2, 2, 1, 1), project=True`` gives strides 4, 8, 16, 16 after a 1 x 1
+    convolution with batch norm, like LV-ViT's segmentation (zihangJiang/TokenLabeling, ``seg/``).
 
     Takes a sequence of (B, C_i, H_i, W_i) and returns a tuple of (B, C_i, scale_i * H_i, scale_i * W_i).
 
+    Args:
+        arch: variant of the backbone, 'd1'...'d5', which sets the channels C_i; or a list of channels.
+        scales: factor on the size of each map: 2, 1 or 0.5.
+        project: apply a 1 x 1 convolution and a norm to each map first.
+        norm_cfg: config of all norms.
+
     Raises:
-        ValueError: an unknown arch, other scales, or not as many scales as maps.
+        ValueError: an unknown arch, other scales, or a number of scales that is not the number of maps.
     """
 
     def __init__(

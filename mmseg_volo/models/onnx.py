@@ -1,7 +1,4 @@
-"""An exported ONNX file in the place of a segmentor's network.
-
-Windows, test-time augmentation and metrics around the network stay as they are.
-"""
+"""Run an exported ONNX file as the network of a segmentor, with the same windows, augmentation and metrics."""
 
 import copy
 import importlib.util
@@ -24,29 +21,29 @@ from ..errors import CheckpointError, ConfigError
 
 STEP = 16  # height and width of dynamic inputs are multiples of this
 METADATA_KEY = 'mmseg_volo'
-COARSE = 'coarse_logits'  # the output with the logits of the decode head, before they are upsampled
-# Options that a file fixes when it is exported, or that only PyTorch has.
+COARSE = 'coarse_logits'  # name of the output with the decode head's logits before upsampling
+# test_cfg options that the export has fixed, or that only PyTorch has.
 SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph'
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def is_onnx(checkpoint: object) -> bool:
-    """Whether this names an ONNX file, by its suffix."""
+    """Whether a checkpoint is an ONNX file, by its suffix."""
     return str(checkpoint).lower().endswith('.onnx')
 
 
 def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, dict]:
-    """The config of a segmentor whose network is an ONNX file.
+    """Replace the network in a segmentor's config by an ONNX file.
 
-    A file of one input size gets windows of that size, where the config has others.
+    If the file has a fixed input size, the windows get this size.
 
     Args:
-        config: the one that the file was exported with; it is not changed.
-        path: of the file.
+        config: the config that the file was exported with; it is not changed.
+        path: path of the file.
         device: 'cpu', 'cuda', 'cuda:1', ...
 
     Returns:
-        The config, and the file's content as a checkpoint has it; see :class:`OnnxNetwork`.
+        The new config, and the file's content in the form of a checkpoint; see :class:`OnnxNetwork`.
 
     Raises:
         CheckpointError, ConfigError, FileNotFoundError: see :func:`open_onnx`.
@@ -80,7 +77,7 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
 
 
 def _as_checkpoint(about: dict, path: str | Path) -> dict:
-    """What the file says of itself, in the form of a checkpoint without weights."""
+    """The file's metadata in the form of a checkpoint without weights."""
     state = OrderedDict()
     state._metadata = {'': dict(source=str(path))}
     dataset_meta = dict(classes=about['classes'], palette=about['palette'])
@@ -88,24 +85,27 @@ def _as_checkpoint(about: dict, path: str | Path) -> dict:
 
 
 def check_packages(*names: str) -> None:
-    """Raise ConfigError where one of these packages, of the extra ``export``, is not installed."""
+    """Raise ConfigError if one of these packages of the extra ``export`` is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f'ONNX needs {", ".join(missing)}: pip install -e ".[export]" in the clone')
 
 
 def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[Run, dict]:
-    """Open an ONNX file: a function from an input to its two outputs, and what the file says of itself.
+    """Open an ONNX file.
 
     Args:
-        path: written by ``tools/export.py``.
-        device: 'cpu', 'cuda', 'cuda:1', ...; the latter need onnxruntime-gpu.
-        threads: for each image; by default as many as PyTorch has.
+        path: a file written by ``tools/export.py``.
+        device: 'cpu', 'cuda', 'cuda:1', ...; GPUs need onnxruntime-gpu.
+        threads: threads per image; 0 takes PyTorch's number.
+
+    Returns:
+        A function from an input array to the two output arrays, and the file's metadata.
 
     Raises:
         ConfigError: onnxruntime is not installed, or not for this device.
-        CheckpointError: another file.
-        FileNotFoundError: no file.
+        CheckpointError: the file is broken, or ``tools/export.py`` did not write it.
+        FileNotFoundError: the file does not exist.
     """
     check_packages('onnxruntime')
     import onnxruntime
@@ -115,18 +115,18 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[
     device = torch.device(device)
     provider = 'CUDAExecutionProvider' if device.type == 'cuda' else 'CPUExecutionProvider'
     if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(f'onnxruntime here has no {provider}: pip install onnxruntime-gpu, or take --device cpu')
+        raise ConfigError(f'onnxruntime has no {provider}: pip install onnxruntime-gpu, or use --device cpu')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or torch.get_num_threads()
     options.log_severity_level = 3
     providers = [(provider, {'device_id': device.index or 0})] if device.type == 'cuda' else [provider]
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime has a class of its own for each reason
-        raise CheckpointError(f'{path} is no ONNX file, or broken: {str(error).splitlines()[0]}') from error
+    except Exception as error:  # onnxruntime has an exception class for each reason
+        raise CheckpointError(f'{path} is broken or not an ONNX file: {str(error).splitlines()[0]}') from error
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
-        raise CheckpointError(f'{path} was not written by tools/export.py: it does not say what classes it has')
+        raise CheckpointError(f'{path} was not written by tools/export.py: it has no metadata about classes')
     about = json.loads(text)
     names = [about['output'], COARSE]
 
@@ -140,16 +140,16 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[
 class OnnxNetwork(BaseModule):
     """Backbone and decode head in an ONNX file, run by onnxruntime.
 
-    Takes normalised images (B, 3, H, W). An image whose size the file does not take is padded with zeros at the right
-    and the bottom. Returns the logits of the decode head, ((B, C, h, w),).
+    Takes normalised images (B, 3, H, W) and returns the decode head's logits, ((B, C, h, w),). If the file does not
+    support the size, the images are padded with zeros at the right and the bottom.
 
     Args:
-        path: of a file written by ``tools/export.py``.
-        device: where onnxruntime runs it.
+        path: a file written by ``tools/export.py``.
+        device: the device of onnxruntime.
 
     Attributes:
-        content: the file as a checkpoint: no weights, and ``meta`` with ``dataset_meta`` (``classes``, ``palette``) and
-            ``exported`` (size, precision and what else ``tools/export.py`` notes).
+        content: the file in the form of a checkpoint: no weights, and ``meta`` with ``dataset_meta`` (``classes``,
+            ``palette``) and ``exported`` (size, precision and other metadata of ``tools/export.py``).
     """
 
     def __init__(self, path: str, device: str = 'cpu'):
@@ -171,7 +171,7 @@ class OnnxNetwork(BaseModule):
         return (torch.from_numpy(coarse[:, :, :rows, :columns]).to(x.device),)
 
     def _raw(self, image: Tensor) -> Tensor:
-        """Undo the normalisation, (B, H, W, 3), BGR, uint8: the file does it itself."""
+        """Undo the normalisation, which the file contains: (B, H, W, 3), BGR, uint8."""
         mean, std = (image.new_tensor(self._about[name]).view(3, 1, 1) for name in ('mean', 'std'))
         raw = (image * std + mean).round().clamp(0, 255).to(torch.uint8)
         if self._about['swap']:
@@ -181,7 +181,7 @@ class OnnxNetwork(BaseModule):
 
 @MODELS.register_module()
 class OnnxHead(BaseDecodeHead):
-    """Return the logits of :class:`OnnxNetwork`; mmseg treats them as those of any head."""
+    """Decode head that returns the logits of :class:`OnnxNetwork`."""
 
     def __init__(self, num_classes: int, out_channels: int, threshold: float | None, align_corners: bool):
         super().__init__(

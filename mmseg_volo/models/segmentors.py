@@ -1,4 +1,4 @@
-"""mmseg's segmentor and test-time augmentation, with predictions streamed as in :mod:`mmseg_volo.models.streaming`."""
+"""mmseg's segmentor and test-time augmentation with streaming prediction (:mod:`mmseg_volo.models.streaming`)."""
 
 import math
 import warnings
@@ -18,39 +18,40 @@ from ..utils.devices import check_device
 from .streaming import View, axis
 from .windows import WindowNetwork
 
-# Every 7th pixel in both directions is in the sample that evaluation takes: 43,000 pixels of 1024 x 2048. The step is
-# odd, so that the pixels lie at all places between two logits, whose grid is 4, 8 or 16 pixels wide.
+# Evaluation samples every 7th pixel in both directions: 43,000 pixels of 1024 x 2048. The step is odd, so that the
+# sample has all positions between two logits, which are 4, 8 or 16 pixels apart.
 SAMPLE_STEP = 7
 
 
 @MODELS.register_module()
 class StreamingEncoderDecoder(EncoderDecoder):
-    """mmseg's :class:`EncoderDecoder`, with the same weights, losses and logits, and predictions that fit in memory.
+    """mmseg's :class:`EncoderDecoder` with the same weights, losses and logits, and predictions in little memory.
 
-    Sliding windows run in batches over windows and pictures, and a class map is made a narrow band at a time: no
-    tensor of picture x classes exists unless ``return_logits`` asks for it. Other arguments are EncoderDecoder's;
-    ``test_cfg`` takes, besides ``mode``, ``crop_size`` and ``stride``:
+    Sliding windows run in batches, across images too, and a class map is computed one narrow band at a time: no tensor
+    of C x H x W exists unless ``return_logits`` is set. Arguments are those of EncoderDecoder. ``test_cfg`` takes
+    ``mode``, ``crop_size`` and ``stride``, and also:
 
-    - ``window_batch``: windows in one forward pass; by default 2 of 1024 x 1024 pixels on a GPU, or 1 of 512 x 512 on a
-      CPU, and as many more as they are smaller. On a GPU it is halved when memory runs out.
-    - ``precision``: 'fp32', 'bf16' or 'fp16' (autocast); by default whatever the caller has set.
-    - ``compile``: run the network through ``torch.compile``: of VOLO the blocks and the stem, each kind compiled once
-      for all its blocks; another network as a whole.
-    - ``cuda_graph``: replay a CUDA graph where windows of one number and shape come again. By default on a GPU, for
-      VOLO in eval mode, without gradients, hooks and ``compile``, after the third such batch; True for other networks
-      and with ``compile`` too, after the first one; False never. A graph follows the weights, but not Python attributes
-      of modules that are changed after predictions have been made.
-    - ``channels_last``: keep the weights of convolutions in that memory format.
-    - ``confidence``: predictions carry ``seg_confidence`` (1, H, W), the probability of the class that was chosen.
-    - ``return_logits``: predictions carry ``seg_logits`` (C, H, W), as EncoderDecoder's always do. An evaluation takes
-      the logits of a sample of pixels instead, ``sampled_logits``, which ``network.sampled`` switches on.
-    - ``allow_mismatch``: take checkpoints of other models, as far as they fit
+    - ``window_batch``: windows per forward pass. The default is 2 windows of 1024 x 1024 pixels on a GPU and 1 of
+      512 x 512 on a CPU, or as many smaller windows as have the same pixels. On a GPU it is halved when memory runs
+      out.
+    - ``precision``: 'fp32', 'bf16' or 'fp16' (autocast); by default the caller's autocast.
+    - ``compile``: use ``torch.compile``: once for VOLO's stem and once for each kind of its blocks; on other networks
+      as a whole.
+    - ``cuda_graph``: replay a CUDA graph for batches of the same number and shape of windows. By default only on a GPU
+      for VOLO in eval mode, without gradients, hooks and ``compile``, after the third such batch. True: for other
+      networks and with ``compile`` too, after the first batch. False: never. A graph follows changes of the weights,
+      but not of other attributes of modules.
+    - ``channels_last``: keep the weights of convolutions in this memory format.
+    - ``confidence``: predictions have ``seg_confidence`` (1, H, W), the probability of the predicted class.
+    - ``return_logits``: predictions have ``seg_logits`` (C, H, W), like those of EncoderDecoder. Evaluation instead
+      sets ``network.sampled``, so that predictions have ``sampled_logits``, the logits of every 7th pixel.
+    - ``allow_mismatch``: accept checkpoints of other models and load the weights that fit
       (:func:`~mmseg_volo.checkpoints.compatibility.check_weights`).
 
     Raises:
-        ValueError: an unknown precision, or a stride over ``crop_size``, which would leave pixels without a window.
-        CheckpointError: when loading a checkpoint of another model.
-        ConfigError: when moved to a device that is not there.
+        ValueError: an unknown precision, or a stride larger than ``crop_size``, which would leave pixels out.
+        CheckpointError: on loading a checkpoint of another model.
+        ConfigError: on moving to a device that does not exist.
     """
 
     def __init__(self, *args, **kwargs):
@@ -58,48 +59,49 @@ class StreamingEncoderDecoder(EncoderDecoder):
         self.network = WindowNetwork(self, follows_training=True)
 
     def train(self, mode: bool = True) -> nn.Module:
-        """As in PyTorch; either mode begins without what predictions have kept."""
+        """Set the mode, and release the memory of CUDA graphs."""
         self.network.graphs.clear()
         return super().train(mode)
 
     def _apply(self, *args, **kwargs) -> nn.Module:
-        self.network.graphs.clear()  # moved or converted weights, whose memory should be free at once
+        self.network.graphs.clear()  # so that the memory of moved or converted weights is freed at once
         return super()._apply(*args, **kwargs)
 
     def to(self, *args, **kwargs) -> nn.Module:
-        """As in mmengine, for devices that there are."""
-        for place in (*args[:1], kwargs.get('device')):
-            check_device(place)
+        """Move or convert the model; raises ConfigError for a device that does not exist."""
+        for device in (*args[:1], kwargs.get('device')):
+            check_device(device)
         return super().to(*args, **kwargs)
 
     def cuda(self, device: int | str | torch.device | None = None) -> nn.Module:
-        """As in mmengine, for devices that there are."""
+        """Move the model to a GPU; raises ConfigError if it does not exist."""
         check_device('cuda' if device is None else device)
         return super().cuda(device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
-        # mmseg's own entry points load without a check. The runner and init_model have checked already.
+        # mmseg's own entry points do not check checkpoints; the runner and init_model do.
         if not prefix:
             check_weights(self, state_dict, 'infer')
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def test_step(self, data: dict | tuple | list) -> SampleList:
-        """As in mmengine, for pictures that the preprocessor is made for.
+        """Predict a batch from the data loader, as in mmengine.
 
         Raises:
-            ValueError: a wrong number of channels, or values that are not of an 8-bit picture.
+            ValueError: an image has a wrong number of channels, or values outside the 8-bit range.
         """
         if isinstance(data, dict):
-            _check_pictures(self.data_preprocessor, data.get('inputs', ()), data.get('data_samples'))
+            _check_images(self.data_preprocessor, data.get('inputs', ()), data.get('data_samples'))
         return super().test_step(data)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: SampleList | None = None) -> SampleList:
-        """Class ids for a batch of prepared pictures (N, 3, H, W).
+        """Predict class ids for a batch of preprocessed images (N, 3, H, W).
 
         Returns:
-            The data samples, or new ones, each with ``pred_sem_seg`` (1, h, w) in its original size, int64 (one class:
-            0 or 1 in float32, as in mmseg), and what ``test_cfg`` asks for.
+            The data samples, or new ones, each with ``pred_sem_seg`` (1, h, w) of the original size, int64 (float32
+            with one output channel, as in mmseg), and with ``seg_confidence`` and ``seg_logits`` if ``test_cfg`` asks
+            for them.
         """
         if data_samples is None:
             data_samples = [SegDataSample() for _ in inputs]
@@ -109,11 +111,11 @@ class StreamingEncoderDecoder(EncoderDecoder):
         return data_samples
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
-        """Logits (N, C, H, W) of pictures (N, 3, H, W) in overlapping windows, averaged where they overlap."""
+        """Logits (N, C, H, W) of preprocessed images (N, 3, H, W); overlapping windows are averaged."""
         return self._logits(inputs)
 
     def whole_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
-        """Logits (N, C, H, W) of pictures (N, 3, H, W)."""
+        """Logits (N, C, H, W) of preprocessed images (N, 3, H, W)."""
         return self._logits(inputs)
 
     def _logits(self, inputs: Tensor) -> Tensor:
@@ -121,28 +123,26 @@ class StreamingEncoderDecoder(EncoderDecoder):
         logits = inputs.new_empty(len(inputs), self.out_channels, *inputs.shape[2:])
         with self.network.running():
             for n, along, across, tiles in self.network.stream(views):
-                target = logits[n].mT if views[n][0].turned else logits[n]
+                target = logits[n].mT if views[n][0].transposed else logits[n]
                 target[:, along, across] = next(tiles).transpose(0, 1)
         return logits
 
 
 @MODELS.register_module()
 class StreamingTTAModel(SegTTAModel):
-    """mmseg's :class:`SegTTAModel`, which adds each view to the average as it comes.
+    """mmseg's :class:`SegTTAModel` without full-size logits of any view.
 
-    All views of a picture go along it together, a narrow band at a time, so that of none the full-size logits exist.
-    The windows of views that are of one size share batches. The average is of probabilities, as in mmseg; where
-    ``test_cfg.return_logits`` asks for it, ``seg_logits`` (C, H, W) is this average, and ``seg_confidence`` comes as in
-    :class:`StreamingEncoderDecoder`.
+    All views of an image are merged one narrow band at a time. Windows of the same size share batches across views. The
+    result is the average of probabilities, as in mmseg. With ``test_cfg.return_logits``, ``seg_logits`` (C, H, W) is
+    this average; ``seg_confidence`` is as in :class:`StreamingEncoderDecoder`.
 
     Args:
-        module: an :class:`EncoderDecoder`, this package's or mmseg's, or its config.
-        sigmoid_twice: for heads with one output channel. mmseg's SegTTAModel takes the sigmoid of what ``predict`` has
-            already put through one, so that no view falls under 0.5. True does the same, for equal results; False
-            averages the probabilities.
+        module: an :class:`EncoderDecoder` of this package or mmseg, or its config.
+        sigmoid_twice: for heads with one output channel. mmseg's SegTTAModel applies a second sigmoid to the output of
+            ``predict``, so that no value is below 0.5. True gives mmseg's result; False averages the probabilities.
 
     Raises:
-        TypeError: another kind of model.
+        TypeError: ``module`` is another kind of model.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class StreamingTTAModel(SegTTAModel):
         self.sigmoid_twice = sigmoid_twice
         if self.module.out_channels == 1 and sigmoid_twice and self.module.decode_head.threshold <= 0.5:
             warnings.warn(
-                "as in mmseg's SegTTAModel, the sigmoid is taken twice, so every pixel is over the threshold "
+                "as in mmseg's SegTTAModel, the sigmoid is applied twice, so every pixel is over the threshold "
                 f'{self.module.decode_head.threshold}; tta_model=dict(sigmoid_twice=False) averages the probabilities',
                 stacklevel=2,
             )
@@ -165,18 +165,18 @@ class StreamingTTAModel(SegTTAModel):
 
     @torch.no_grad()
     def test_step(self, data: dict) -> SampleList:
-        """Predict pictures from their views.
+        """Predict images from their views.
 
         Args:
-            data: ``inputs`` and ``data_samples``, each a list over views of lists over pictures, as
-                ``TestTimeAug`` with ``pseudo_collate`` gives them.
+            data: ``inputs`` and ``data_samples``, each a list over views of lists over images, as ``TestTimeAug`` with
+                ``pseudo_collate`` returns them.
 
         Returns:
-            The data sample of each picture's first view, with the merged prediction.
+            The data sample of each image's first view, with the merged prediction.
         """
         views: list[list[View]] = [[] for _ in data['inputs'][0]]
         for inputs, samples in zip(data['inputs'], data['data_samples'], strict=True):
-            _check_pictures(self.module.data_preprocessor, inputs, samples)
+            _check_images(self.module.data_preprocessor, inputs, samples)
             for n, view in enumerate(self._views(inputs, samples)):
                 views[n].append(view)
         samples = data['data_samples'][0]
@@ -188,7 +188,7 @@ class StreamingTTAModel(SegTTAModel):
     def _views(self, inputs: Sequence[Tensor], samples: SampleList) -> list[View]:
         preprocessor = self.module.data_preprocessor
         if type(preprocessor) is SegDataPreProcessor:
-            # It works on each pixel apart: done on windows, the view stays in 8 bits.
+            # It is pixel-wise: applied to windows, it leaves the view in 8 bits.
             crops = [_prepared_crops(preprocessor, image) for image in inputs]
             return [_view(self.module, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
         prepared = preprocessor(dict(inputs=inputs, data_samples=samples), False)
@@ -198,28 +198,28 @@ class StreamingTTAModel(SegTTAModel):
         ]
 
 
-def _check_pictures(pre: nn.Module, images: Sequence[Tensor], samples: SampleList | None) -> None:
-    """Refuse pictures (3 or 1, H, W) that are not 8 bits deep where the model's mean and deviation are for those."""
+def _check_images(pre: nn.Module, images: Sequence[Tensor], samples: SampleList | None) -> None:
+    """Reject images that are not (3 or 1, H, W) with 8-bit values, if the model's mean and std expect those."""
     if not isinstance(pre, SegDataPreProcessor) or not pre._enable_normalize:
         return
     for image, sample in zip(images, samples or [None] * len(images), strict=False):
         if image.dtype == torch.uint8 and image.dim() == 3 and len(image) in (1, 3):
             continue
-        what = f'a picture of shape {tuple(image.shape)}, {str(image.dtype).removeprefix("torch.")}'
+        what = f'an image of shape {tuple(image.shape)}, {str(image.dtype).removeprefix("torch.")}'
         if image.dim() != 3 or (pre.mean.numel() == 3 and len(image) not in (1, 3)):
             raise ValueError(f'{what}: expected (3, H, W); mmseg takes arrays as (H, W, 3), BGR, uint8')
-        if pre.mean.max() <= 1:  # made for another range
+        if pre.mean.max() <= 1:  # the model expects another range
             continue
         values = image.float()
         low, high = values.min().item(), values.max().item()
         if not math.isfinite(low + high):
             raise ValueError(f'{what}: has values that are not finite')
-        # Up to twice 255 may come from a resize that overshoots. Small ones are told apart where no file says 8 bits.
+        # A resize may overshoot 255. A small range is an error only in an array; in a file the image may be dark.
         given_as_array = sample is not None and sample.metainfo.get('img_path', '') is None
         if high > 510 or (given_as_array and 0 < high <= (16 if low < 0 else 1)):
             raise ValueError(
                 f'{what}: values from {low:.4g} to {high:.4g}, expected 0 to 255; mmseg_volo.inference.Predictor '
-                'converts pictures of 16 bits or of 0 to 1'
+                'converts images of 16 bits or of 0 to 1'
             )
 
 
@@ -230,7 +230,7 @@ def _view(
     shape: tuple[int, int] | None = None,
     padding: Sequence[int] | None = None,
 ) -> View:
-    """The view that a data sample describes, of a prepared image (3, H, W), or of crops from one of this shape."""
+    """The view that a data sample describes; of a preprocessed image (3, H, W), or of a crop function and a shape."""
     if isinstance(image, Tensor):
         shape = tuple(image.shape[-2:])
         crop = lambda top, left, height, width: image[:, top : top + height, left : left + width]  # noqa: E731
@@ -252,7 +252,7 @@ def _view(
 
 
 def _windows(segmentor: EncoderDecoder, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size and stride of the windows in a view of this shape: one window where the mode is 'whole'."""
+    """Size and stride of the windows in a view of this shape; one window in mode 'whole'."""
     cfg = segmentor.test_cfg
     mode = cfg.get('mode', 'whole')
     if mode == 'whole':
@@ -266,7 +266,7 @@ def _windows(segmentor: EncoderDecoder, shape: tuple[int, int]) -> tuple[tuple[i
 
 
 def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, tuple[int, int], tuple]:
-    """Crops of an image (3, h, w) as ``pre`` would give them, the shape that it would pad it to, and the padding."""
+    """A function that crops an image (3, h, w) and preprocesses the crop; the image's padded shape; the padding."""
     height, width = image.shape[-2:]
     cfg = pre.test_cfg or {}
     if cfg.get('size') is not None:
@@ -275,12 +275,12 @@ def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, 
         divisor = cfg.get('size_divisor') or 1
         shape = -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
-    # The first name is the maintained mmsegmentation's, the second that of 1.2.2.
+    # The first name is onedl-mmsegmentation's, the second that of mmsegmentation 1.2.2.
     swap = pre._channel_conversion if hasattr(pre, '_channel_conversion') else pre.channel_conversion
 
     def crop(top: int, left: int, rows: int, columns: int) -> Tensor:
         nonlocal image
-        # With its first window, while the device is at work on other views.
+        # Uploaded with the first window, while the device computes other views.
         image = _uploaded(image, pre.device)
         window = image[:, top : top + rows, left : left + columns]
         if swap and len(window) == 3:
@@ -294,7 +294,7 @@ def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, 
 
 
 def _uploaded(image: Tensor, device: torch.device) -> Tensor:
-    """The image on the device; to a GPU it goes without waiting, which needs pinned memory."""
+    """Copy the image to the device; to a GPU asynchronously, which needs pinned memory."""
     if image.device.type == 'cpu' and torch.device(device).type == 'cuda':
         image = image.pin_memory()
     return image.to(device, non_blocking=True)
@@ -303,13 +303,13 @@ def _uploaded(image: Tensor, device: torch.device) -> Tensor:
 def _results(
     segmentor: EncoderDecoder,
     network: WindowNetwork,
-    pictures: list[list[View]],
+    images: list[list[View]],
     average: bool = False,
     sigmoid_twice: bool = False,
 ) -> list[dict[str, PixelData]]:
-    """Class ids of each picture, and the confidence and the logits where ``test_cfg`` asks for them.
+    """Class ids of each image, given by its views, and confidence and logits if ``test_cfg`` asks for them.
 
-    ``average`` takes the mean of the views' probabilities, as ``SegTTAModel`` does; without it there is one view. Where
+    ``average`` averages the probabilities of the views, as ``SegTTAModel`` does; without it each image has one view. If
     ``network.sampled`` is set, the results have ``sampled_probabilities``, or without ``average`` ``sampled_logits``,
     (C, ceil(H / SAMPLE_STEP), ceil(W / SAMPLE_STEP)).
     """
@@ -317,7 +317,7 @@ def _results(
     device = network.device
     sample = 'sampled_probabilities' if average else 'sampled_logits'
     maps: list[dict[str, Tensor]] = []
-    for views in pictures:
+    for views in images:
         shape = views[0].shape
         found = dict(pred_sem_seg=torch.empty(1, *shape, dtype=torch.int64 if C > 1 else torch.float32, device=device))
         if cfg.get('confidence'):
@@ -330,9 +330,9 @@ def _results(
         maps.append(found)
 
     with network.running():
-        for n, along, across, tiles in network.stream(pictures):
-            found = {name: data.mT if pictures[n][0].turned else data for name, data in maps[n].items()}
-            scores = None  # (R, C, T): what the class is chosen by
+        for n, along, across, tiles in network.stream(images):
+            found = {name: data.mT if images[n][0].transposed else data for name, data in maps[n].items()}
+            scores = None  # (R, C, T): logits, or probabilities summed over views
             for logits in tiles:
                 score = logits
                 if C == 1:
@@ -343,7 +343,7 @@ def _results(
                     score = score.softmax(1)
                 scores = score if scores is None else scores.add_(score)
             if average:
-                scores /= len(pictures[n])
+                scores /= len(images[n])
             if C == 1:
                 classes = (scores > segmentor.decode_head.threshold).to(scores)
             else:
@@ -365,6 +365,6 @@ def _results(
 
 
 def _sampled(tile: slice) -> tuple[slice, slice]:
-    """The pixels of a tile that are in the sample, and their places in it; along one axis."""
+    """The sampled pixels of a tile along one axis, and their indices in the sample."""
     first = -(-tile.start // SAMPLE_STEP)
     return slice(first * SAMPLE_STEP - tile.start, None, SAMPLE_STEP), slice(first, -(-tile.stop // SAMPLE_STEP))

@@ -1,9 +1,9 @@
 """VOLO backbone for MMSegmentation, in one file.
 
 Paper: VOLO: Vision Outlooker for Visual Recognition (arXiv:2106.13112). Parameter names are those of sail-sg/volo.
-Differs from the official code: no class token, classification head or token mixing; inputs of any size (padded inside,
-``pos_embed`` follows); outlook attention goes through :mod:`mmseg_volo.ops`. As there, the Outlooker stage has no
-stochastic depth.
+Differences from the official code: no class token, classification head or token mixing; inputs of any size (padded
+inside, ``pos_embed`` resized); fast layers and outlook attention from :mod:`mmseg_volo.ops`. As in the official code,
+the Outlooker stage has no stochastic depth.
 
 Shapes: B batch, H x W grid, C channels, M heads, D = C/M, k window, K = k*k, h x w window grid after the stride.
 """
@@ -20,14 +20,13 @@ from mmseg.registry import MODELS
 from torch import nn
 from torch.nn.init import trunc_normal_
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import load_backbone
 from ..ops import outlook_attention
-from ..ops.linear import LayerNorm, Linear
+from ..ops.layers import ConvNormReLU, LayerNorm, Linear
 
-# Table 2 of the paper; `heads`, `mlp_ratios` and `stem_width` from sail-sg/volo models/volo.py.
+# `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
 ARCHS = {
     'd1': dict(depths=(4, 4, 8, 2), dims=(192, 384, 384, 384), heads=(6, 12, 12, 12), mlp_ratios=3, stem_width=64),
     'd2': dict(depths=(6, 4, 10, 4), dims=(256, 512, 512, 512), heads=(8, 16, 16, 16), mlp_ratios=3, stem_width=64),
@@ -38,7 +37,7 @@ ARCHS = {
 OUTLOOK = dict(kernel_size=3, stride=2, padding=1)
 PATCH = 8  # pixels per token in the Outlooker stage
 STRIDE = 16  # pixels per token in the transformer stages
-_CACHED_GRIDS = 16  # resized position embeddings kept in eval mode: ten test views need at most ten
+_CACHED_GRIDS = 16  # resized position embeddings cached in eval mode; ten test views need at most ten
 
 
 class OutlookAttention(nn.Module):
@@ -129,33 +128,11 @@ class PatchEmbed(nn.Module):
                 else nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
             )
             layers += [conv, build_norm_layer(norm_cfg, width)[1], nn.ReLU(inplace=True)]
-        self.conv = nn.Sequential(*layers)
+        self.conv = ConvNormReLU(*layers)
         self.proj = nn.Conv2d(width, dim, PATCH // 2, stride=PATCH // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_tracing():  # ONNX knows no memory formats
-            # The stem is faster with channels last (1.4 times or more on a CPU), and tokens then need no copy.
-            x = x.contiguous(memory_format=torch.channels_last)
-        x = self._folded(x) if self._folds(x) else self.conv(x)
-        return self.proj(x).permute(0, 2, 3, 1).contiguous()
-
-    def _folds(self, x: torch.Tensor) -> bool:
-        """Whether the batch norms are made part of the convolutions, which oneDNN adds a bias in.
-
-        cuDNN does not: PyTorch adds the bias in a pass of its own, which takes as long as the batch norm.
-        """
-        plain = x.device.type == 'cpu' and not torch.is_grad_enabled()
-        if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        norms = self.conv[1::3]
-        return all(isinstance(norm, _BatchNorm) and not norm.training and norm.track_running_stats for norm in norms)
-
-    def _folded(self, x: torch.Tensor) -> torch.Tensor:
-        for conv, norm, relu in zip(self.conv[::3], self.conv[1::3], self.conv[2::3], strict=True):
-            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            weight, bias = (t.detach() for t in fuse_conv_bn_weights(conv.weight, conv.bias, *statistics))
-            x = relu(F.conv2d(x, weight, bias, conv.stride, conv.padding))
-        return x
+        return self.proj(self.conv(x)).permute(0, 2, 3, 1).contiguous()
 
 
 class Downsample(nn.Module):
@@ -170,21 +147,21 @@ class Downsample(nn.Module):
 
 
 def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resize a position embedding (1, h, w, C) to ``grid`` bicubically; returned as it is where the grid fits."""
+    """Resize a position embedding (1, h, w, C) to ``grid`` bicubically; return it unchanged if it has that size."""
     if tuple(pos_embed.shape[1:3]) == tuple(grid):
         return pos_embed
-    # Bicubic needs float32: half precision has no kernel on every device and would lose the pretrained digits.
+    # In float32: not every device has a half-precision kernel, and half precision would lose pretrained digits.
     resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), grid, mode='bicubic', align_corners=False)
     return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
 def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """To be compiled once for all blocks."""
+    """Call a block; compiling this function compiles all blocks at once."""
     return block(x)
 
 
 def call_stem(stem: PatchEmbed, x: torch.Tensor) -> torch.Tensor:
-    """To be compiled: a function of its own, since PyTorch compiles one for a limited number of cases."""
+    """Call the stem; not :func:`call_block`, since PyTorch limits how often it recompiles one function."""
     return stem(x)
 
 
@@ -192,30 +169,30 @@ def call_stem(stem: PatchEmbed, x: torch.Tensor) -> torch.Tensor:
 class VOLO(BaseModule):
     """VOLO backbone: an Outlooker stage at stride 8, then transformer stages at stride 16.
 
-    Takes (B, in_channels, H, W) with any H, W >= 32, padded with zeros at the right and the bottom to multiples of 16
-    inside. Returns a tuple of (B, C_i, H_i, W_i), one for each of ``out_indices``: H_i = ceil(H / 8) for index 0 and
+    Takes (B, in_channels, H, W) with any H, W >= 32; zeros are added at the right and the bottom up to multiples of 16.
+    Returns a tuple of (B, C_i, H_i, W_i), one for each of ``out_indices``: H_i = ceil(H / 8) for index 0 and
     ceil(H / 16) for the others.
 
     Args:
-        arch: 'd1'...'d5', or a dict with ``depths``, ``dims``, ``heads`` (one number per stage), ``mlp_ratios`` (one
-            number, or one per stage) and ``stem_width``, as in :data:`ARCHS`.
+        arch: 'd1'...'d5', or a dict with the keys of :data:`ARCHS`: ``depths``, ``dims``, ``heads`` (one number per
+            stage), ``mlp_ratios`` (one number, or one per stage) and ``stem_width``.
         in_channels: channels of the image.
-        img_size: side in pixels, or (height, width), of the images that ``pos_embed`` is made for; other sizes work
-            too, by resizing it in each forward.
-        out_indices: stages to return, ascending; stages past the last one are not built.
-        out_norm: apply a LayerNorm to each returned map. The last stage's is the pretrained ``norm``, the others
-            (``norm0``, ...) start from ones. False gives the raw stage outputs.
-        drop_path_rate: stochastic depth at the last block, growing linearly over all blocks; none in the Outlookers.
-        norm_cfg: the stem's batch norm. SyncBN needs a CUDA device: without one it becomes BN.
+        img_size: side in pixels, or (height, width), of the images that ``pos_embed`` is made for. For other sizes each
+            forward resizes it.
+        out_indices: stages to return, ascending; stages after the last one are not built.
+        out_norm: apply a LayerNorm to each returned map. The last stage has the pretrained ``norm``; the others
+            (``norm0``, ...) start as identity. False returns the raw stage outputs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks and skips the Outlookers.
+        norm_cfg: norm of the stem. Without a CUDA device SyncBN becomes BN.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages; frozen parts stay in eval
             mode. The downsample and ``pos_embed`` belong to the second stage.
-        norm_eval: keep the stem's batch norms in eval mode while training.
-        with_cp: activation checkpointing of each block, when gradients are recorded.
-        init_cfg: None for random weights, or ``dict(type='Pretrained', checkpoint=...)`` as
-            :func:`mmseg_volo.checkpoints.pretrained.load_backbone` reads it.
+        norm_eval: keep the stem's batch norms in eval mode during training.
+        with_cp: use activation checkpointing in each block when gradients are recorded.
+        init_cfg: None for random weights, or ``dict(type='Pretrained', checkpoint=...)``; see
+            :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
 
     Raises:
-        ValueError: an unknown ``arch``, numbers that do not fit each other, or an input under 32 pixels.
+        ValueError: unknown ``arch``, inconsistent numbers, or an input under 32 pixels.
     """
 
     arch_settings = ARCHS
@@ -253,7 +230,7 @@ class VOLO(BaseModule):
         outlookers = [
             Block(dims[0], OutlookAttention(dims[0], heads[0], **OUTLOOK), ratios[0], 0.0) for _ in range(depths[0])
         ]
-        # As in the official code `network` also counts the downsample: stage i > 0 is network[i + 1].
+        # As in the official code, `network` contains the downsample too: stage i > 0 is network[i + 1].
         self.network = nn.ModuleList([nn.Sequential(*outlookers)])
         if stages > 1:
             self.network.append(Downsample(dims[0], dims[1]))
@@ -265,10 +242,10 @@ class VOLO(BaseModule):
         if out_norm:
             for i in self.out_indices:
                 self.add_module(self._norm_name(i), nn.LayerNorm(dims[i]))
-        # What the blocks and the stem are called through, by type, as :func:`call_block` does it: where it is compiled.
+        # Compiled :func:`call_block` and :func:`call_stem`, by module type; empty: modules are called directly.
         self.calls: dict[type, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {}
         self._grids: dict[tuple[int, int], torch.Tensor] = {}
-        self._grids_of: tuple = (None, None)
+        self._grids_source: tuple = (None, None)
         self._freeze()
 
     def _norm_name(self, index: int) -> str:
@@ -278,7 +255,7 @@ class VOLO(BaseModule):
         return self.network[index + 1 if index else 0]
 
     def init_weights(self) -> None:
-        """Load the pretrained weights of ``init_cfg``, or draw random ones as the official code does.
+        """Load the pretrained weights of ``init_cfg``, or initialise randomly as the official code does.
 
         Raises:
             CheckpointError, FileNotFoundError: see :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
@@ -308,15 +285,15 @@ class VOLO(BaseModule):
         x = self._run(self.patch_embed, x)
         outs = []
         for i in range(self.out_indices[-1] + 1):
-            if i == 1:  # from the fine grid of the Outlookers to the grid of the transformers
+            if i == 1:  # from stride 8 to stride 16
                 x = self.network[1](x)
-                # Under autocast this makes the residual stream float32 from here on, as in the official code.
+                # As in the official code, autocast makes the residual stream float32 from here on.
                 x = x + self._pos_embed_for(tuple(x.shape[1:3]))
             for block in self._stage(i):
                 x = self._run(block, x)
             if i in self.out_indices:
                 out = x
-                if padded:  # rows and columns that hold nothing but padding are not part of the map
+                if padded:  # drop rows and columns that hold padding only
                     stride = STRIDE if i else PATCH
                     out = x[:, : -(-H // stride), : -(-W // stride)]
                 if self.out_norm:
@@ -331,32 +308,33 @@ class VOLO(BaseModule):
         return call(part, x) if call else part(x)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """``pos_embed`` on a token grid; kept between calls in eval mode, where no gradient needs it."""
+        """``pos_embed`` resized to a token grid; cached in eval mode without gradients."""
         pos_embed = self.pos_embed
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return resize_pos_embed(pos_embed, grid)
-        # Whatever is kept must not outlive its weights: an in-place update changes the version, a move the address,
-        # and holding the parameter itself keeps its address from being given to another one.
+        # Detect changed weights: an in-place update changes the version, a move changes the address. The reference to
+        # the parameter prevents the reuse of its address.
         source = (pos_embed.data_ptr(), 0 if pos_embed.is_inference() else pos_embed._version)
-        if self._grids_of[0] is not pos_embed or self._grids_of[1] != source or len(self._grids) >= _CACHED_GRIDS:
-            self._grids, self._grids_of = {}, (pos_embed, source)
+        cached, cached_source = self._grids_source
+        if cached is not pos_embed or cached_source != source or len(self._grids) >= _CACHED_GRIDS:
+            self._grids, self._grids_source = {}, (pos_embed, source)
         if grid not in self._grids:
             self._grids[grid] = resize_pos_embed(pos_embed, grid)
         return self._grids[grid]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """The depth of a parameter, for layer-wise learning-rate decay.
+        """Depth of a parameter, for layer-wise learning-rate decay.
 
-        ``patch_embed`` has depth 0, the blocks 1, 2, ... in their order. The downsample and ``pos_embed`` share the
-        depth of the Outlooker before them, as mmpretrain has it for Swin's downsamples. The out norms, most of them
-        not pretrained, come last, with all that is not the backbone's.
+        ``patch_embed`` has depth 0; the blocks have 1, 2, ... in order. The downsample and ``pos_embed`` have the depth
+        of the last Outlooker, like Swin's downsamples in mmpretrain. Output norms, most of which are not pretrained,
+        and parameters outside the backbone have the last depth.
 
         Args:
-            param_name: the parameter's name in the model.
-            prefix: what stands before the backbone's own names, as 'backbone.'.
+            param_name: name of the parameter in the model.
+            prefix: prefix of the backbone's parameters, for example 'backbone.'.
 
         Returns:
-            The depth, and the number of depths: the blocks and two more.
+            The depth, and the number of depths, which is the number of blocks plus two.
         """
         stages = self.out_indices[-1] + 1
         blocks = [len(self._stage(i)) for i in range(stages)]
@@ -372,7 +350,7 @@ class VOLO(BaseModule):
         return last, last + 1
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # Any state dict of this variant fits, whatever image size it was trained for.
+        # Accept weights that were trained for another image size.
         key = f'{prefix}pos_embed'
         given = state_dict.get(key)
         if given is not None and hasattr(self, 'pos_embed') and given.dim() == 4:
@@ -394,7 +372,7 @@ class VOLO(BaseModule):
             self.pos_embed.requires_grad_(False)
 
     def train(self, mode: bool = True) -> 'VOLO':
-        """Set training mode, except for what ``frozen_stages`` and ``norm_eval`` hold in eval mode."""
+        """Set training mode; parts named by ``frozen_stages`` and ``norm_eval`` stay in eval mode."""
         super().train(mode)
         self._grids.clear()
         if mode:
@@ -407,7 +385,7 @@ class VOLO(BaseModule):
 
 
 def _arch_numbers(arch: str | dict) -> dict:
-    """The numbers of a variant, checked, each as a tuple with one entry per stage."""
+    """Check the numbers of a variant and return each as a tuple with one entry per stage."""
     if isinstance(arch, str):
         if arch not in ARCHS:
             raise ValueError(f'arch must be one of {", ".join(ARCHS)} or a dict of numbers, got {arch!r}')

@@ -16,54 +16,53 @@ from .streaming import View, stream
 from .volo import VOLO, Block, PatchEmbed, call_block, call_stem
 
 PRECISIONS = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
-# Pixels of the windows in one batch, where nobody says: two of 1024 x 1024 on a GPU.
-_BATCH_PIXELS = {'cpu': 2**18, 'cuda': 2**21}
-# A batch of more pixels keeps a GPU busy for longer than its launches take (VOLO-D1, 16 windows of 512 x 512: 15.7 ms,
-# in a graph 15.1; one window: 15.4 and 2.8), and a graph would hold on to a lot of memory.
+_BATCH_PIXELS = {'cpu': 2**18, 'cuda': 2**21}  # default pixel budget of one batch of windows
+# Batches of more pixels use no graph: it would hold much memory and save little. VOLO-D1 takes 15.7 ms for 16 windows
+# of 512 x 512 without and 15.1 ms with a graph; for one window 15.4 and 2.8 ms.
 _GRAPH_PIXELS = 2**22
 
 
 class WindowNetwork:
-    """The part of a segmentor that sees windows, run in batches with the options of its ``test_cfg``.
+    """Run windows through a segmentor in batches, with the options of its ``test_cfg``.
 
     Args:
-        segmentor: the owner of the network.
-        follows_training: whether the owner clears ``graphs`` when it begins to train or moves its weights. CUDA graphs
-            are used only then.
+        segmentor: the segmentor.
+        follows_training: whether the segmentor clears ``graphs`` when it starts to train or moves its weights. Without
+            that, CUDA graphs are not used.
     """
 
     def __init__(self, segmentor: EncoderDecoder, follows_training: bool = False):
         self.segmentor = segmentor
         self._follows_training = follows_training
-        # Called with the windows done and their number, after each batch.
+        # Called after each batch with the number of windows done and of all windows.
         self.progress: Callable[[int, int], None] | None = None
-        # Predictions carry the logits of every SAMPLE_STEP-th pixel; an evaluation sets it.
+        # Whether predictions have the logits of every SAMPLE_STEP-th pixel; evaluation sets it.
         self.sampled = False
         self.graphs = Graphs()
-        self._done, self._all = 0, 0
-        self._fits: dict[tuple[int, int], int] = {}  # where memory ran out: what fitted, by window shape
+        self._done, self._total = 0, 0
+        self._fits: dict[tuple[int, int], int] = {}  # reduced batch size after an out-of-memory error, by window shape
         self._compiled: dict[tuple, Callable] = {}
-        self._weights: HalfWeights | None = None  # of the picture at work, where it may use graphs
-        # Plain heads are asked for their logits before the resize, so that it can be folded into what follows. Others,
-        # and cascades, give what they give.
+        self._weights: HalfWeights | None = None  # weights of the current images, if they may use graphs
+        # Plain heads return logits before the resize, which is then part of the streaming. Other heads and cascades
+        # resize them on their own.
         self._plain = has_plain_head(segmentor)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, '_compiled': {}}  # what is compiled is this network's, not a copy's
+        return {**self.__dict__, '_compiled': {}}  # a copy compiles its own functions
 
     @property
     def device(self) -> torch.device:
         return next(self.segmentor.parameters()).device
 
-    def stream(self, pictures: list[list[View]]):
+    def stream(self, images: list[list[View]]):
         """See :func:`mmseg_volo.models.streaming.stream`."""
         self._done = 0
-        self._all = sum(len(view.along.starts) * len(view.across.starts) for views in pictures for view in views)
-        return stream(pictures, self._encode, self.segmentor.out_channels, self.device)
+        self._total = sum(len(view.along.starts) * len(view.across.starts) for views in images for view in views)
+        return stream(images, self._encode, self.segmentor.out_channels, self.device)
 
     @contextmanager
     def running(self):
-        """What holds for a whole picture: the options that are set once, and full precision outside the network."""
+        """Context for all windows of one call: set the options once, and use full precision outside the network."""
         cfg = self.segmentor.test_cfg
         precision = cfg.get('precision')
         if precision is not None and precision not in PRECISIONS:
@@ -81,14 +80,14 @@ class WindowNetwork:
         self._uses_graphs, self._weights = mark is not None, None
         if self._uses_graphs and enabled:
             self._weights = self.graphs.weights(self.segmentor, dtype, without=(PatchEmbed,))
-        # Autocast keeps the weights that it has cast until the outermost context ends: entered here, they are cast
-        # once for the picture. What follows the network is then taken out of it.
+        # Autocast caches cast weights until the outermost context ends: with this one they are cast once per call. The
+        # inner context disables autocast for what follows the network.
         with self._compiled_parts(), torch.autocast(**self._autocast), torch.autocast(kind, enabled=False):
             yield
 
     @contextmanager
     def _compiled_parts(self):
-        """Where ``test_cfg`` asks for it VOLO calls its blocks and its stem compiled."""
+        """Let VOLO call its blocks and its stem compiled, if ``test_cfg`` asks for it."""
         backbone = self.segmentor.backbone
         if not self.segmentor.test_cfg.get('compile') or not isinstance(backbone, VOLO):
             yield
@@ -100,9 +99,9 @@ class WindowNetwork:
             backbone.calls = {}
 
     def _compile(self, function: Callable) -> Callable:
-        """The function compiled for windows of any size, with code of its own for this network and precision.
+        """Compile a copy of the function for this network and precision, for windows of any size.
 
-        PyTorch compiles the same code for few cases only, and runs it as it is in further ones.
+        It is a copy, since PyTorch recompiles the same code only a few times and then runs it uncompiled.
         """
         key = function.__name__, *self._autocast.values()
         if key not in self._compiled:
@@ -116,13 +115,13 @@ class WindowNetwork:
             self.segmentor.to(memory_format=torch.channels_last)
 
     def _may_use_graphs(self, device: torch.device) -> bool:
-        """Whether this picture may use graphs, as far as its device, its owner and ``test_cfg`` have a say."""
+        """Whether the device, the segmentor and ``test_cfg`` allow graphs."""
         cfg, segmentor = self.segmentor.test_cfg, self.segmentor
-        wish = cfg.get('cuda_graph')
-        if wish is None:
-            wish = self._plain and isinstance(segmentor.backbone, VOLO) and not cfg.get('compile')
+        wanted = cfg.get('cuda_graph')
+        if wanted is None:
+            wanted = self._plain and isinstance(segmentor.backbone, VOLO) and not cfg.get('compile')
         usable = self._follows_training and can_capture(device) and not self.graphs.refused
-        return bool(wish) and usable and not torch.is_grad_enabled()
+        return bool(wanted) and usable and not torch.is_grad_enabled()
 
     def _encode(self, due: list[tuple[View, int, int]]) -> None:
         by_shape: dict[tuple[int, int], list] = {}
@@ -130,14 +129,14 @@ class WindowNetwork:
             by_shape.setdefault(window[0].window_shape, []).append(window)
         for shape, windows in by_shape.items():
             if self.device.type == 'cpu':
-                _give_back_free_memory()
+                _trim_heap()
             while windows:
                 size = self._batch(shape)
                 batch, windows = windows[:size], windows[size:]
                 try:
                     logits = self.run([view.window(i, j) for view, i, j in batch])
                 except torch.cuda.OutOfMemoryError:
-                    if self.graphs.clear():  # first without what they hold on to, then with fewer windows
+                    if self.graphs.clear():  # retry first without the memory of graphs, then with fewer windows
                         self.graphs.refused, self._uses_graphs, self._weights = True, False, None
                     elif len(batch) == 1:
                         raise
@@ -150,7 +149,7 @@ class WindowNetwork:
                     view.put(i, j, of_window)
                 self._done += len(batch)
                 if self.progress:
-                    self.progress(self._done, self._all)
+                    self.progress(self._done, self._total)
 
     def _batch(self, shape: tuple[int, int]) -> int:
         size = self.segmentor.test_cfg.get('window_batch')
@@ -160,16 +159,16 @@ class WindowNetwork:
         return min(size, self._fits.get(shape, size))
 
     def run(self, windows: Sequence[Tensor]) -> Tensor:
-        """Logits of prepared windows, each (3, height, width), of one shape; to be called in :meth:`running`.
+        """Logits of preprocessed windows, each (3, height, width), of one shape; call it within :meth:`running`.
 
         Returns:
-            (N, C, h, w) in the decode head's size. The next call may write over it.
+            (N, C, h, w) in the decode head's size. The next call may overwrite it.
         """
         cfg = self.segmentor.test_cfg
         pixels = len(windows) * windows[0].shape[1] * windows[0].shape[2]
         if not self._uses_graphs or (pixels > _GRAPH_PIXELS and not cfg.get('cuda_graph')):
             return self._pass(torch.stack(tuple(windows)))
-        # A last batch with fewer windows has a graph of its own: filled up to the usual number it would take longer.
+        # A smaller last batch gets its own graph: padding it to the usual number would take longer.
         key = bool(cfg.get('compile')), *self._autocast.values()
         uses = 1 if cfg.get('cuda_graph') else 3
         return self.graphs.run(key, windows, self._pass, self._uncompiled_pass, uses)
@@ -191,7 +190,7 @@ class WindowNetwork:
             backbone.calls = calls
 
     def _with_options(self, forward: Callable[[Tensor], Tensor], windows: Tensor) -> Tensor:
-        # Autocast's own copies of weights end with the picture, which a graph outlives.
+        # Autocast frees its cached weights after the call, but a graph lives longer.
         weights = nullcontext() if self._weights is None else self._weights
         with torch.autocast(**self._autocast, cache_enabled=not self._uses_graphs), weights:
             return forward(windows)
@@ -209,7 +208,7 @@ def _call_network(network: WindowNetwork, windows: Tensor) -> Tensor:
 
 
 def has_plain_head(segmentor: EncoderDecoder) -> bool:
-    """Whether its logits are those of one decode head, resized in mmseg's way."""
+    """Whether the segmentor's logits are those of one decode head, resized as in mmseg."""
     head = segmentor.decode_head
     return (
         type(segmentor).encode_decode is EncoderDecoder.encode_decode
@@ -219,12 +218,12 @@ def has_plain_head(segmentor: EncoderDecoder) -> bool:
     )
 
 
-def _give_back_free_memory() -> None:
-    """Return free pages within the C heap to the system, where the C library can (glibc).
+def _trim_heap() -> None:
+    """Return free pages of the C heap to the system, if the C library can (glibc).
 
-    Windows of several shapes leave gaps of several sizes, which do not fit each other: without this a process that
-    predicts ten views grew by 380 to 560 MB, with it by 360 to 410 (VOLO-D1, 512 x 1024). Doing it before each window
-    rather than each shape saves little more and costs a tenth of the time.
+    Windows of several shapes fragment the heap. Ten views (VOLO-D1, 512 x 1024) made a process grow by 380 to 560 MB,
+    and with this by 360 to 410 MB. Trimming before each window instead of each shape saves little more and costs 10 %
+    of the time.
     """
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Outlook attention as one operation: one front door, the implementations behind it."""
+"""Outlook attention as one function with several implementations."""
 
 import functools
 import logging
@@ -24,30 +24,29 @@ def outlook_attention(
     padding: int = 1,
     impl: str = 'auto',
 ) -> torch.Tensor:
-    """Outlook attention (VOLO paper, equations 3-5) between the value projection and the output projection.
+    """Outlook attention (VOLO paper, equations 3-5), without the projections before and after it.
 
-    Each window of ``kernel_size x kernel_size`` values is mixed by K x K attention weights, K = kernel_size squared,
-    that the window's centre has predicted; overlapping windows are summed.
+    The centre of each k x k window has predicted K x K attention logits, K = k * k. Their softmax mixes the K values of
+    the window; results of overlapping windows are summed.
 
     Args:
         v: values, (B, H, W, C), any floating dtype.
         logits: attention before scale and softmax, (B, h, w, M, K, K), with M heads and the window grid
-            h = (H + 2 padding - kernel_size) // stride + 1, w likewise. The last axis is normalised.
+            h = (H + 2 padding - kernel_size) // stride + 1, w likewise. The softmax runs over the last axis.
         scale: factor on the logits, (C / M) ** -0.5 in VOLO.
         kernel_size: k, side of the window in tokens.
-        stride: tokens between two windows.
+        stride: step between windows in tokens.
         padding: tokens of zeros around ``v``.
-        impl: 'fused', kernels that make no copies of the map, with the softmax in float32 (Triton on a GPU, Numba on a
-            CPU); 'reference', the definition with unfold and fold in plain PyTorch; 'slices', plain PyTorch
-            without unfold and fold, as exporters need it; or 'auto': slices while a model is exported or traced, else
-            fused where it can run, else slices on a CPU and the reference elsewhere.
+        impl: the implementation. 'fused': Triton kernels on a GPU, Numba kernels on a CPU, softmax in float32;
+            'reference': the definition in plain PyTorch, with unfold and fold; 'slices': plain PyTorch without unfold
+            and fold, for exporters; 'auto': 'slices' while a model is exported or traced, else 'fused' where it can
+            run, else 'slices' on a CPU and 'reference' on other devices.
 
     Returns:
         (B, H, W, C), dtype and device of ``v``.
 
     Raises:
-        ValueError: shapes that do not fit each other, an unknown ``impl``, or 'fused' where it cannot run, with the
-            reason.
+        ValueError: inconsistent shapes, an unknown ``impl``, or 'fused' where it cannot run.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f'impl must be one of {", ".join(IMPLEMENTATIONS)}, got {impl!r}')
@@ -65,26 +64,26 @@ def outlook_attention(
     if channels % heads:
         raise ValueError(f'{channels} channels of v cannot be split into the {heads} heads of logits')
 
-    numbers = dict(scale=scale, kernel_size=kernel_size, stride=stride, padding=padding)
+    options = dict(scale=scale, kernel_size=kernel_size, stride=stride, padding=padding)
     if impl == 'auto':
-        impl, reason = _choose(v, logits, numbers)
+        impl, reason = _choose(v, logits, options)
         if not torch.compiler.is_compiling():
             _log(f'outlook attention on {v.device.type} in {v.dtype}: {impl}, {reason}')
-    elif impl == 'fused' and (reason := fused.why_not(v, logits, **numbers)):
-        raise ValueError(f"impl='fused' cannot run: {reason}; 'auto' takes what can")
+    elif impl == 'fused' and (reason := fused.why_not(v, logits, **options)):
+        raise ValueError(f"impl='fused' cannot run: {reason}; impl='auto' picks one that can")
     if impl == 'fused':
         return fused.outlook_attention_fused(v, logits, scale, stride, padding)
-    return (outlook_attention_slices if impl == 'slices' else outlook_attention_reference)(v, logits, **numbers)
+    return (outlook_attention_slices if impl == 'slices' else outlook_attention_reference)(v, logits, **options)
 
 
-def _choose(v: torch.Tensor, logits: torch.Tensor, numbers: dict) -> tuple[str, str]:
-    """The implementation for 'auto', and why."""
+def _choose(v: torch.Tensor, logits: torch.Tensor, options: dict) -> tuple[str, str]:
+    """The implementation for 'auto', and the reason."""
     if torch.jit.is_tracing() or _exporting():
-        return 'slices', 'since the model is exported or traced'
-    reason = fused.why_not(v, logits, **numbers)
+        return 'slices', 'since the model is being exported or traced'
+    reason = fused.why_not(v, logits, **options)
     if reason is None:
         return 'fused', 'which is the fastest'
-    # Measured on a CPU: slices take 40 to 60 % of the time of unfold and fold, and with the backward as much or less.
+    # Measured on a CPU: slices take 40 to 60 % of the time of the reference forward, at most 60 % with the backward.
     return 'slices' if v.device.type == 'cpu' else 'reference', f'not fused: {reason}'
 
 

@@ -1,20 +1,23 @@
-"""Fused outlook attention for CPUs: kernels that Numba compiles at the first call and keeps on disk, k = 3.
+"""Fused outlook attention for CPUs, k = 3: Numba kernels, compiled at the first call and cached on disk.
 
-Both directions read ``v``, the logits and the output gradient once from memory and write each result once, but for the
-window rows that two bands of the backward share. Windows live in the first-level cache, in float32; bfloat16 tensors
-are read and written as they are.
+Both directions read ``v``, the logits and the output gradient from memory once and write each result once, except for
+the window rows that two bands of the backward share. The window at work is a float32 copy in the L1 cache; bfloat16
+tensors are converted element by element.
 
-Forward: a softmax row belongs to one window and one of its nine tokens, so to one output token. A task is a row of
-output tokens; it mixes the rows of all windows that reach it. With a = softmax(scale * logits), backward:
+Forward: each softmax row belongs to one window and one of its nine tokens, so it contributes to one output token. One
+task computes a row of output tokens from all windows that overlap it.
+
+Backward, with a = softmax(scale * logits):
 
     grad_v[q]         = sum over p of a[p, q] grad[p]
     grad_a[p, q]      = <grad[p], v[q]>
     grad_logits[p, q] = scale * a[p, q] (grad_a[p, q] - sum over n of a[p, n] grad_a[p, n])
 
-A task is a band of window rows and the rows of ``grad_v`` that start there; it visits the window rows just above once
-more for what they add. No order of additions depends on the number of threads: results are the same bits in each run.
+One task computes the logits' gradient of a band of window rows, and the rows of ``grad_v`` that start in the band; for
+the latter it also visits the window rows just above the band.
 
-Kernels take addresses. Importing this module imports Numba.
+The order of additions does not depend on the number of threads: results are bitwise reproducible. Kernels take
+addresses. Importing this module imports Numba.
 """
 
 import ctypes
@@ -33,14 +36,14 @@ from numba.extending import intrinsic
 
 _SIDE = 3
 _K = _SIDE**2
-_BAND = 4  # window rows of a backward task at least: the row above is visited twice
-_TASKS = 4  # backward tasks for each thread, so that one slow core does not hold up the others
-# Fields of a job, int64 each; then up to five addresses of tensors.
+_BAND = 4  # minimum of window rows in a backward task, since the row above each band is visited twice
+_TASKS = 4  # backward tasks per thread, so that one slow core does not delay the others
+# Fields of a job, int64 each, followed by up to five addresses of tensors.
 _NEXT, _THREAD, _TASK_COUNT, _SCRATCH, _SCRATCH_SIZE, _SCALE, _FACTOR, _BANDS = range(8)
 _BATCH, _H, _W, _C, _GRID_H, _GRID_W, _HEADS, _STRIDE, _PADDING = range(8, 17)
 _TENSORS = 17
 _FIELDS = _TENSORS + 5
-# Products may fuse with sums, and a sum over channels may take any order; NaN and infinity stay what they are.
+# LLVM may fuse products with sums, and with _REORDERED reorder sums over channels. NaN and infinity are preserved.
 _FAST = {'contract', 'nsz'}
 _REORDERED = {*_FAST, 'reassoc'}
 
@@ -48,12 +51,12 @@ _INT, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _FLOATS, _HALVES, _LONGS = (types.CPointer(t) for t in (types.float32, types.uint16, types.int64))
 
 
-# What the language lacks: bits of a float, memory at an address, bfloat16, an atomic counter
+# Intrinsics that Numba lacks: bits of a float, memory at an address, bfloat16, an atomic counter
 
 
 @intrinsic
 def _bits(typing, x):
-    """The bits of a float32 as int32, or the other way."""
+    """Reinterpret a float32 as int32, or an int32 as float32."""
     if x == types.float32:
         return types.int32(x), lambda context, build, signature, args: build.bitcast(args[0], _INT)
     return types.float32(types.int32), lambda context, build, signature, args: build.bitcast(args[0], _FLOAT)
@@ -75,7 +78,7 @@ _floats, _halves = _pointer_to(_FLOATS, _FLOAT), _pointer_to(_HALVES, ir.IntType
 
 @intrinsic
 def _get(typing, pointer, index):
-    """Element of a float32 or bfloat16 array, as float32."""
+    """Load an element of a float32 or bfloat16 array as float32."""
 
     def generate(context, build, signature, args):
         value = build.load(build.gep(args[0], [args[1]]))
@@ -88,7 +91,7 @@ def _get(typing, pointer, index):
 
 @intrinsic
 def _put(typing, pointer, index, value):
-    """Store a float32 in a float32 or bfloat16 array, rounded to nearest, ties to even."""
+    """Store a float32 in a float32 or bfloat16 array, rounding to nearest, ties to even."""
 
     def generate(context, build, signature, args):
         address, value = build.gep(args[0], [args[1]]), args[2]
@@ -107,7 +110,7 @@ def _put(typing, pointer, index, value):
 
 @intrinsic
 def _offset(typing, pointer, count):
-    """Pointer to a later element."""
+    """Advance a pointer by ``count`` elements."""
 
     def generate(context, build, signature, args):
         return build.gep(args[0], [args[1]])
@@ -117,7 +120,7 @@ def _offset(typing, pointer, count):
 
 @intrinsic
 def _fetch_add(typing, longs, index):
-    """Value of a counter that threads share, which grows by one."""
+    """Add one to a counter that threads share and return its previous value."""
 
     def generate(context, build, signature, args):
         return build.atomic_rmw('add', build.gep(args[0], [args[1]]), ir.Constant(_LONG, 1), 'monotonic')
@@ -127,9 +130,9 @@ def _fetch_add(typing, longs, index):
 
 @numba.njit(fastmath=_FAST)
 def _exp2(x):
-    """2**x for x in [-126, 0] within 2 units in the last place; NaN for NaN.
+    """2**x for x in [-126, 0] with an error of at most 2 ulp; NaN for NaN.
 
-    Adding 1.5 * 2**23 rounds to an integer n, which then stands in the low bits; the polynomial is that of 2**(x - n).
+    Adding 1.5 * 2**23 rounds x to an integer n and puts n into the low bits; the polynomial approximates 2**(x - n).
     """
     shifted = x + np.float32(12582912.0)
     r = x - (shifted - np.float32(12582912.0))
@@ -143,12 +146,12 @@ def _exp2(x):
     return p * _bits((_bits(shifted) + np.int32(127)) << np.int32(23))
 
 
-# Parts that both directions share
+# Shared by both directions
 
 
 @numba.njit(fastmath=_FAST)
 def _softmax(logits, start, step, heads, rows, scale, attn):
-    """Softmax of ``rows`` rows of each head; ``scale`` includes log2(e). Rows lie one after the other in ``attn``."""
+    """Write the softmax of ``rows`` rows of each head to ``attn``, row after row; ``scale`` includes log2(e)."""
     low = np.float32(-126)
     for m in range(heads):
         for r in range(rows):
@@ -173,7 +176,7 @@ def _softmax(logits, start, step, heads, rows, scale, attn):
 
 @numba.njit(fastmath=_FAST)
 def _window(tokens, start, height, width, channels, y, x, window):
-    """Copy the tokens of the window whose corner is (y, x), with zeros outside."""
+    """Copy the tokens of the window with corner (y, x), and zeros for tokens outside the map."""
     for i in range(_SIDE):
         for j in range(_SIDE):
             to = (i * _SIDE + j) * channels
@@ -203,7 +206,7 @@ def _add_mix(attn, row, step, window, first, channels, count, out, to):
 
 @numba.njit(fastmath=_FAST)
 def _mix(attn, row, step, window, first, channels, count, out, to):
-    """:func:`_add_mix`, for VOLO's heads of 32 channels with a loop whose length the compiler knows."""
+    """:func:`_add_mix`, with a loop length known at compile time for VOLO's heads of 32 channels."""
     if count == 32:
         _add_mix(attn, row, step, window, first, channels, 32, out, to)
     else:
@@ -218,7 +221,7 @@ def _zero(row, count):
 
 @numba.njit(fastmath=_FAST)
 def _flush(row, count, out, to):
-    """Write a float32 row and set it to zeros."""
+    """Write a float32 row to ``out`` and reset it to zeros."""
     for c in range(count):
         _put(out, to + c, _get(row, c))
         _put(row, c, np.float32(0))
@@ -234,7 +237,7 @@ def _sizes(job):
 
 @numba.njit(fastmath=_FAST)
 def _forward_row(v, logits, out, scratch, batch, row, scale, sizes):
-    """One row of output tokens: the windows above, at and below it that reach it."""
+    """Compute one row of output tokens from all windows that overlap it."""
     H, W, C, h, w, M, stride, padding = sizes
     D = C // M
     sums, window, attn = scratch, _offset(scratch, W * C), _offset(scratch, (W + _K) * C)
@@ -300,7 +303,7 @@ def _products(grad, p, window, first, channels, count, out):
 
 @numba.njit(fastmath=_FAST)
 def _logits_grad(attn, grad, window, first, channels, count, factor, row, out, to):
-    """The nine rows of one head's window."""
+    """Write the gradient of the nine logit rows of one window and head."""
     for p in range(_K):
         if count == 32:
             _products(grad, p, window, first, channels, 32, row)
@@ -315,10 +318,10 @@ def _logits_grad(attn, grad, window, first, channels, count, factor, row, out, t
 
 @numba.njit(fastmath=_FAST)
 def _backward_band(grad, v, logits, grad_v, grad_logits, scratch, batch, first, last, scale, factor, sizes):
-    """Window rows ``first`` to ``last`` - 1, and the token rows of ``v`` from the first's up to the next band's."""
+    """Compute ``grad_logits`` of window rows ``first`` to ``last`` - 1, and ``grad_v`` of the band's token rows."""
     H, W, C, h, w, M, stride, padding = sizes
     D = C // M
-    # Three rows of grad_v in float32, by their number modulo 3: no window row reaches more.
+    # `scratch` holds three rows of grad_v in float32, indexed modulo 3: a window row covers no more.
     window = _offset(scratch, _SIDE * W * C)
     grads = _offset(window, _K * C)
     attn = _offset(grads, _K * C)
@@ -341,14 +344,14 @@ def _backward_band(grad, v, logits, grad_v, grad_logits, scratch, batch, first, 
                     Y, X = top + q // _SIDE, left + q % _SIDE
                     if 0 <= Y < H and 0 <= X < W:
                         _mix(a, q, _K, grads, m * D, C, D, scratch, (Y % _SIDE * W + X) * C + m * D)
-        # Rows that no later window reaches are complete; what belongs to another band is dropped.
+        # Rows that no later window covers are complete. Write those of this band; drop those of others.
         for Y in range(max(top, 0), min(H, end if y + 1 == last else top + stride)):
             of_row = _offset(scratch, Y % _SIDE * W * C)
             if begin <= Y:
                 _flush(of_row, W * C, grad_v, (batch * H + Y) * W * C)
             else:
                 _zero(of_row, W * C)
-    # The last window row of a band may have left parts of the next band's rows.
+    # The last window row may have left contributions to the next band's rows.
     _zero(scratch, _SIDE * W * C)
 
 
@@ -368,7 +371,7 @@ def _backward(address, job, grad, v, logits, grad_v, grad_logits):
         _backward_band(grad, v, logits, grad_v, grad_logits, scratch, task // bands, first, last, scale, factor, sizes)
 
 
-# Entries: what each thread calls with the address of the job
+# Entry points: each thread calls one with the address of the job
 
 
 def _forward_float32(address):
@@ -406,12 +409,12 @@ def _compiled(direction: str, dtype: torch.dtype):
     function, signature = _ENTRIES[direction, dtype], types.void(_LONGS)
     try:
         return numba.cfunc(signature, cache=True)(function)
-    except RuntimeError:  # no folder for the compiled code can be written
+    except RuntimeError:  # no cache folder is writable
         return numba.cfunc(signature)(function)
 
 
 def check() -> None:
-    """Raise whatever Numba raises where it cannot compile."""
+    """Compile one kernel; raises Numba's error if that fails."""
     _compiled('forward', torch.float32)
 
 
@@ -420,10 +423,10 @@ def check() -> None:
 
 @functools.cache
 def _openmp() -> Callable | None:
-    """``GOMP_parallel`` of the OpenMP library that PyTorch itself runs on, where it has one.
+    """``GOMP_parallel`` of PyTorch's OpenMP library, or None if PyTorch has none.
 
-    Threads of our own would compete with PyTorch's, which keep their cores busy for a while after each operation:
-    measured on two cores, 2.3 times slower.
+    Other threads would compete with PyTorch's, which spin for a while after each operation: 2.3 times slower on two
+    cores.
     """
     library = next((Path(torch.__file__).parent / 'lib').glob('libtorch_cpu.*'), None)
     try:
@@ -440,12 +443,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _run(entry, job: np.ndarray, threads: int) -> None:
-    """Call the entry in each thread; they share the job's tasks, so that fewer threads than asked for do as well."""
+    """Call the entry point in each thread. Threads share the job's tasks, so fewer threads than asked for suffice."""
     address = job.ctypes.data
     if threads > 1 and _openmp():
         _openmp()(entry.address, address, threads, 0)
         return
-    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry.address)  # releases the interpreter's lock
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(entry.address)  # releases the GIL
     others = [_pool(threads - 1).submit(call, address) for _ in range(threads - 1)]
     call(address)
     for other in others:
@@ -461,7 +464,7 @@ def _job(tensors: list[torch.Tensor], v: torch.Tensor, logits: torch.Tensor, sca
 
 
 def _start(direction: str, job: np.ndarray, dtype: torch.dtype, tasks: int, floats: int) -> None:
-    """Run a job with ``floats`` float32 numbers of working memory for each thread."""
+    """Run a job; each thread gets ``floats`` float32 elements of scratch memory."""
     threads = max(1, min(torch.get_num_threads(), tasks))
     floats = -(-floats // 16) * 16 + 16  # threads do not share a cache line
     scratch = torch.empty(threads * floats, dtype=torch.float32)
@@ -470,7 +473,7 @@ def _start(direction: str, job: np.ndarray, dtype: torch.dtype, tasks: int, floa
 
 
 def forward(v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int) -> torch.Tensor:
-    """See :func:`mmseg_volo.ops.outlook_attention`; both in float32 or bfloat16, on the CPU."""
+    """See :func:`mmseg_volo.ops.outlook_attention`; both tensors on the CPU, in float32 or bfloat16."""
     v, logits = v.contiguous(), logits.contiguous()
     out = torch.empty_like(v)
     B, H, W, C = v.shape
@@ -482,7 +485,7 @@ def forward(v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, pa
 def backward(
     grad: torch.Tensor, v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``v`` and ``logits`` from that of the output, all of one dtype."""
+    """Gradients of ``v`` and ``logits`` from the output gradient, all of one dtype."""
     grad, v, logits = grad.contiguous(), v.contiguous(), logits.contiguous()
     grad_v, grad_logits = torch.empty_like(v), torch.empty_like(logits)
     B, _, W, C = v.shape

@@ -1,20 +1,20 @@
 """Fused outlook attention for GPUs: Triton kernels, k = 3, strides 1 and 2.
 
-With a = softmax(scale * logits), out[p] = sum over windows and q of a[p, q] v[q]. Backward, in two kernels:
+With a = softmax(scale * logits), out[p] = sum over windows and q of a[p, q] v[q]. The backward uses two kernels:
 
     grad_a[p, q]      = <grad[p], v[q]>
     grad_logits[p, q] = scale * a[p, q] (grad_a[p, q] - sum over n of a[p, n] grad_a[p, n])
     grad_v[q]         = sum over windows and p of a[p, q] grad[p]
 
-A softmax row belongs to one window and one of its nine tokens, so to one output token. A "cell" is the stride x stride
-output tokens that the same windows reach. A thread of :func:`_cells_kernel` makes one cell of one head and half of its
-channels: it takes the softmax rows of the cell in float32, adds the weights with which several windows give an output
-token the same input token, and reads each input token once. :func:`_windows_kernel` goes window by window; it writes
-the gradient of the logits and the transposed attention, with which the first kernel makes grad_v. Nothing is added
-through memory, so results are the same bits in each run.
+Each softmax row belongs to one window and one of its nine tokens, so it contributes to one output token. A "cell" is a
+block of stride x stride output tokens that the same windows cover. A thread of :func:`_cells_kernel` computes one cell
+of one head, for half of the head's channels. It computes the softmax rows of the cell in float32, adds up the weights
+that different windows give to the same pair of output and input token, and reads each input token once.
+:func:`_windows_kernel` computes the gradient of the logits window by window, and writes the transposed attention, from
+which the first kernel computes grad_v. There are no atomic additions: results are bitwise reproducible.
 
-16-bit numbers are read two at a time, as words of 4 bytes, since rows of nine begin at odd places. What limits the
-speed is measured in docs/benchmarks.md. Importing this module imports Triton.
+16-bit elements are read in pairs, as 4-byte words, since rows of nine begin at odd offsets. docs/benchmarks.md measures
+what limits the speed. Importing this module imports Triton.
 """
 
 import math
@@ -23,14 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
-# Three warps to each scheduler at a few spilled registers: with the 255 that some compilers take, two would fit.
+# Three warps fit on each scheduler, with a few spilled registers; with the 255 that some compilers use, only two would.
 _REGISTERS = {} if torch.version.hip else dict(maxnreg=168)
-_SIZES = ['H', 'W', 'h', 'w']  # not specialised: each divisibility by 16 would compile anew
+_SIZES = ['H', 'W', 'h', 'w']  # not specialised, which would compile again for sizes divisible by 16
 
 
 @triton.jit
 def _wide(x):
-    """float32; bfloat16 through integers, for which the compiler needs one instruction instead of two."""
+    """Convert to float32; for bfloat16 through integers, which takes one instruction instead of two."""
     if x.dtype == tl.bfloat16:
         return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
@@ -38,7 +38,7 @@ def _wide(x):
 
 @triton.jit
 def _two(below, above, odd, dtype: tl.constexpr):
-    """Two neighbouring 16-bit numbers in float32, from two words; the first is the upper half of ``below`` if odd."""
+    """Two neighbouring 16-bit elements as float32, from two words; if odd, the first is the upper half of ``below``."""
     both = tl.where(odd == 1, (above << 16) | (below >> 16), below)
     if dtype == tl.bfloat16:
         return (both << 16).to(tl.float32, bitcast=True), (both & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -49,8 +49,8 @@ def _two(below, above, odd, dtype: tl.constexpr):
 
 @triton.jit
 def _columns(x, ROWS: tl.constexpr, LOG_N: tl.constexpr):
-    """The 2**LOG_N columns (ROWS,) of x."""
-    parts = (x,)  # of those whose number is 0, 1, ... modulo the number of parts
+    """Split x (ROWS, 2**LOG_N) into its columns (ROWS,)."""
+    parts = (x,)  # part i has the columns whose index is i modulo the number of parts
     for level in tl.static_range(LOG_N):
         evens = ()
         odds = ()
@@ -67,7 +67,7 @@ def _columns(x, ROWS: tl.constexpr, LOG_N: tl.constexpr):
 
 @triton.jit
 def _in_words(numbers, start):
-    """Words of the numbers from ``start`` on, and whether these begin in the upper half of the first one."""
+    """Pointer to the word of element ``start``, and 1 if that element is the word's upper half, else 0."""
     if numbers.dtype.element_ty == tl.float32:
         return numbers + start, 0
     else:
@@ -76,7 +76,7 @@ def _in_words(numbers, start):
 
 @triton.jit
 def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr):
-    """COUNT numbers, or one more, from each place; (ROWS,) in float32 each, zeros where there is no window."""
+    """Load COUNT elements, or one more, from each offset; (ROWS,) in float32 each, zeros where there is no window."""
     if dtype == tl.float32:
         LOG_N: tl.constexpr = 4 if COUNT <= 16 else 5
         n = tl.arange(0, 1 << LOG_N)
@@ -85,7 +85,7 @@ def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl
     else:
         LOG_N: tl.constexpr = 3 if COUNT <= 15 else 4
         n = tl.arange(0, 1 << LOG_N)
-        # No word more than needed: the last one of a tensor may end where the memory ends.
+        # Never read further than needed: the last word of a tensor may be the last of its allocation.
         used = live[:, None] & (n[None, :] < ((COUNT + 1 + (at & 1)) >> 1)[:, None])
         x = _columns(tl.load(words + (at >> 1)[:, None] + n[None, :], mask=used, other=0), ROWS, LOG_N)
         out = ()
@@ -96,7 +96,7 @@ def _numbers(words, at, live, COUNT: tl.constexpr, dtype: tl.constexpr, ROWS: tl
 
 @triton.jit
 def _softmax(x, FIRST: tl.constexpr, live, factor):
-    """Softmax of nine of the numbers ``x``; ``factor`` is scale * log2(e), above 0. Zeros where there is no window."""
+    """Softmax of nine elements of ``x``; ``factor`` is scale * log2(e), above 0. Zeros where there is no window."""
     x0, x1, x2, x3, x4 = x[FIRST], x[FIRST + 1], x[FIRST + 2], x[FIRST + 3], x[FIRST + 4]
     x5, x6, x7, x8 = x[FIRST + 5], x[FIRST + 6], x[FIRST + 7], x[FIRST + 8]
     top = tl.maximum(tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3)), tl.maximum(tl.maximum(x4, x5), x6))
@@ -114,7 +114,7 @@ def _weights(
     words, at, live, factor, TWO: tl.constexpr, TRANSPOSED: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr
 ):
     """The nine weights of an output token in a window, and if TWO those of the next token; (ROWS,) in float32 each."""
-    if TRANSPOSED:  # ready to use, ten to a row
+    if TRANSPOSED:  # weights instead of logits, ten to a row
         x = _numbers(words, at, live, 20 if TWO else 10, dtype, ROWS)
         out = (x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8])
         if TWO:
@@ -130,7 +130,7 @@ def _weights(
 @triton.jit(do_not_specialize=_SIZES)
 def _cells_kernel(
     tokens,  # (B, H, W, M, D)
-    weights,  # (B, h, w, M, 9, 9), the logits; if TRANSPOSED (B, h, w, M, 9, 10), a^T and one number unused
+    weights,  # logits (B, h, w, M, 9, 9); if TRANSPOSED a^T (B, h, w, M, 9, 10), the last element of each row unused
     out,  # (B, H, W, M, D)
     factor,  # scale * log2(e)
     H,
@@ -145,14 +145,14 @@ def _cells_kernel(
     ROWS: tl.constexpr,
     HALF: tl.constexpr,  # power of two that holds half the channels of a head
 ):
-    """out = sum of a tokens, or with TRANSPOSED of a^T tokens, for neighbouring (cell, head) of one row of cells.
+    """out = sum of a tokens, or if TRANSPOSED of a^T tokens, for neighbouring (cell, head) of one row of cells.
 
-    Channels come in two halves, a and b: a thread that holds more of them repeats less of the softmax.
+    Channels are processed in two halves, a and b: the more of them a thread has, the less of the softmax is repeated.
     """
     C: tl.constexpr = M * D
     LINE: tl.constexpr = 10 if TRANSPOSED else 9
     dtype: tl.constexpr = weights.dtype.element_ty
-    # Window cell + d starts at token STRIDE * (cell + d) - PADDING: for these d it reaches the cell.
+    # Window cell + d starts at token STRIDE * (cell + d) - PADDING; it covers the cell for FIRST <= d <= LAST.
     FIRST: tl.constexpr = -((2 - PADDING) // STRIDE)
     LAST: tl.constexpr = (STRIDE - 1 + PADDING) // STRIDE
     SPAN: tl.constexpr = LAST - FIRST + 1
@@ -161,7 +161,7 @@ def _cells_kernel(
     cell_y, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     words, odd = _in_words(weights, batch * h * w * (M * 9 * LINE))
 
-    # Token (i, j) of the cell is in row i + PADDING - STRIDE dy and column j + PADDING - STRIDE dx of window (dy, dx).
+    # Token (i, j) of the cell is at row i + PADDING - STRIDE dy and column j + PADDING - STRIDE dx of window (dy, dx).
     # The table has 18 weights for each i, dy and dx: nine for j = 0 and nine for j = 1.
     zero = tl.zeros((ROWS,), tl.float32)
     none = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
@@ -183,7 +183,7 @@ def _cells_kernel(
                     table = table + none + _weights(words, at + LINE, live, factor, False, TRANSPOSED, dtype, ROWS)
                 else:
                     table = table + none + none
-    if dtype != tl.float32:  # two to a register; weights are at most 1, so float16 keeps more of them than bfloat16
+    if dtype != tl.float32:  # two fit in a register; weights are at most 1, so float16 is more precise than bfloat16
         packed = ()
         for n in tl.static_range(STRIDE * SPAN * SPAN * 18):
             packed = packed + (table[n].to(tl.float16),)
@@ -201,16 +201,16 @@ def _cells_kernel(
     for m in tl.static_range(STRIDE * FIRST - PADDING, STRIDE * LAST - PADDING + 3):
         for n in tl.static_range(STRIDE * FIRST - PADDING, STRIDE * LAST - PADDING + 3):
             inside = (y + m >= 0) & (y + m < H) & (x + n >= 0) & (x + n < W)
-            places = (tokens + (place + (m * W + n) * C))[:, None]  # in this order it takes fewer registers
+            places = (tokens + (place + (m * W + n) * C))[:, None]  # this order takes fewer registers
             a = _wide(tl.load(places + c_a[None, :], mask=inside[:, None] & in_a[None, :], other=0.0))
             b = _wide(tl.load(places + c_b[None, :], mask=inside[:, None] & in_b[None, :], other=0.0))
             for i in tl.static_range(STRIDE):
                 for j in tl.static_range(STRIDE):
-                    # Windows hold both tokens if STRIDE d is from max(i, m) + PADDING - 2 to min(i, m) + PADDING.
+                    # A window contains both tokens if max(i, m) + PADDING - 2 <= STRIDE d <= min(i, m) + PADDING.
                     if ((i if i < m else m) + PADDING) // STRIDE * STRIDE >= (m if i < m else i) + PADDING - 2 and (
                         ((j if j < n else n) + PADDING) // STRIDE * STRIDE >= (n if j < n else j) + PADDING - 2
                     ):
-                        weight = tl.full((ROWS,), -0.0, tl.float32)  # what adding to costs no instruction
+                        weight = tl.full((ROWS,), -0.0, tl.float32)  # the compiler removes an addition to -0.0
                         for dy in tl.static_range(FIRST, LAST + 1):
                             for dx in tl.static_range(FIRST, LAST + 1):
                                 if (
@@ -256,7 +256,7 @@ def _windows_kernel(
     v,  # (B, H, W, M, D)
     logits,  # (B, h, w, M, 9, 9)
     grad_logits,  # (B, h, w, M, 9, 9)
-    transposed,  # (B, h, w, M, 9, 10): a^T, the last number of each row unwritten
+    transposed,  # a^T (B, h, w, M, 9, 10), the last element of each row is not written
     scale,
     factor,  # scale * log2(e)
     H,
@@ -272,8 +272,8 @@ def _windows_kernel(
 ):
     """Gradient of the logits and the transposed attention, for neighbouring (window, head) of one row of windows.
 
-    The products of the nine gradients with the nine tokens of a window are a matrix product, 16 x 16 with the padding.
-    A thread then takes one softmax row.
+    The nine gradients times the nine tokens of a window are one matrix product, padded to 16 x 16. Then each thread
+    processes one softmax row.
     """
     C: tl.constexpr = M * D
     dtype: tl.constexpr = logits.dtype.element_ty
@@ -320,7 +320,7 @@ def _windows_kernel(
     if dtype == tl.float32:
         for q in tl.static_range(9):
             tl.store(grad_words + at + q, found[q], mask=live)
-    else:  # four whole words, and half of one that a neighbour writes the rest of
+    else:  # four whole words, and one half word, whose other half a neighbour writes
         is_odd = (at & 1) == 1
         bits = ()
         for q in tl.static_range(9):
@@ -336,10 +336,10 @@ def _windows_kernel(
 
 
 def check() -> None:
-    """Raise whatever Triton raises where it cannot launch kernels: it needs a driver, and to launch, a C compiler.
+    """Check that Triton can launch kernels, which takes a driver and a C compiler; raises Triton's error if not.
 
     Raises:
-        RuntimeError: Triton is too old: its kernels know no tuples.
+        RuntimeError: Triton is too old to have tuples in kernels.
     """
     if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
         raise RuntimeError(f'the kernels need Triton 3.3 (it comes with PyTorch 2.7), found {triton.__version__}')
@@ -354,12 +354,12 @@ def forward(v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, pa
 def backward(
     grad: torch.Tensor, v: torch.Tensor, logits: torch.Tensor, scale: float, stride: int, padding: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``v`` and ``logits`` from that of the output."""
+    """Gradients of ``v`` and ``logits`` from the output gradient."""
     grad, v, logits = _aligned(grad), _aligned(v), _aligned(logits)
     grad_logits = torch.empty_like(logits)
     B, H, W, C = v.shape
     _, h, w, M = logits.shape[:4]
-    # float16 is more precise than bfloat16 for what is between 0 and 1.
+    # Between 0 and 1, float16 is more precise than bfloat16.
     kept = torch.float32 if logits.dtype == torch.float32 else torch.float16
     transposed = torch.empty((B, h, w, M, 9, 10), dtype=kept, device=v.device)
     block = max(triton.next_power_of_2(C // M), 16)
@@ -374,12 +374,12 @@ def backward(
 
 
 def _cells(tokens, weights, transposed: bool, scale: float, stride: int, padding: int) -> torch.Tensor:
-    """Sum of a tokens from the logits, or of a^T tokens from a^T itself."""
+    """Sum of a tokens, where ``weights`` are the logits; or of a^T tokens, where ``weights`` are a^T."""
     B, H, W, C = tokens.shape
     _, h, w, M = weights.shape[:4]
     out = torch.empty_like(tokens)
     half = triton.next_power_of_2((C // M + 1) // 2)
-    rows = min(max(512 // half, 8), 64)  # a thread takes 8 channels of each half
+    rows = min(max(512 // half, 8), 64)  # a thread processes 8 channels of each half
     if tokens.element_size() == 4:
         rows //= 2  # 4 channels
     grid = triton.cdiv(triton.cdiv(W, stride) * M, rows), triton.cdiv(H, stride), B
@@ -391,11 +391,11 @@ def _cells(tokens, weights, transposed: bool, scale: float, stride: int, padding
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, and at an address that is a multiple of 16 bytes, as the kernels are compiled for."""
+    """A contiguous tensor whose address is a multiple of 16 bytes, for which the kernels are compiled."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def on_device(tensor: torch.Tensor):
-    """The context to launch in: Triton launches on the current device."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

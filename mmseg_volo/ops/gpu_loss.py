@@ -1,17 +1,16 @@
-"""Cross entropy of logits that are enlarged on the fly: Triton kernels, which ``upsampled_cross_entropy.py`` calls.
+"""Cross entropy of logits that are upsampled on the fly: Triton kernels for ``upsampled_cross_entropy.py``.
 
-Pixels whose first source row is i make a "cell": they lie between the rows i and i + 1 of the logits. A thread owns a
-column of pixels, so it mixes two columns of logits once for a cell, and then needs one multiplication for each pixel
-and class. Threads that are neighbours are neighbours in the row. Exponents are of 2: log2(e) is in the weights of the
-mixture.
+A "cell" is the pixels between rows i and i + 1 of the logits, whose first source row is i. A thread owns a column of
+pixels: it interpolates two columns of logits once per cell, and then needs one multiplication per pixel and class.
+Neighbouring threads own neighbouring columns. Exponents have base 2: the interpolation weights include log2(e).
 
     loss[y, x]         = weight[label] (log sum over c of exp(z[c, y, x]) - z[label, y, x])
     grad z[c, y, x]    = weight[label] (exp(z[c, y, x] - logsumexp[y, x]) - [c == label])
     grad logits[c, i, j] = sum over y and x of hat(y - i) hat(x - j) grad z[c, y, x]
 
-A program of the backward pass owns the logits whose gradient it writes and gathers what they receive, so nothing is
-added through memory and each run gives the same bits. It walks down the rows; only along x is each pixel computed
-twice. Importing this module imports Triton.
+A program of the backward pass owns a block of logits and sums their gradient, so there are no atomic additions and
+results are bitwise reproducible. It walks down the rows; only along x is each pixel computed twice. Importing this
+module imports Triton.
 """
 
 import functools
@@ -26,22 +25,22 @@ import triton.language as tl
 
 from .gpu import on_device
 
-# Forward: pixels of a program. Backward: threads' columns, classes and rows of logits of a program.
+# Forward: columns and rows of pixels per program. Backward: threads, classes and rows of logits per program.
 _COLUMNS, _PIXEL_ROWS = 128, 8
 _LANES, _CLASSES, _ROWS = 128, 4, 16  # tuned on an H200: 1.68 ms with 4 classes, 1.90 with 8, 2.12 with 16
-_IGNORED, _UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)  # targets that are no class
+_IGNORED, _UNKNOWN = tl.constexpr(-1), tl.constexpr(-2)  # targets that are not a class
 _SIZES = 'C', 'h', 'w', 'H', 'W', 'tiles'
 
 
 @triton.jit
 def _column(a, b, left, right):
-    """Mixture of two columns, times log2(e). Products are fused by hand, so that all calls round alike."""
+    """Interpolate two columns, times log2(e). The explicit fma makes all calls round alike."""
     return tl.fma(right, b.to(tl.float32), left * a.to(tl.float32))
 
 
 @triton.jit
 def _sources(index, fraction, place, live, size):
-    """Two neighbouring sources of each pixel of a row or column, and their weights."""
+    """The two source indices of each pixel of a row or column, and their weights."""
     first = tl.load(index + place, mask=live, other=0)
     share = tl.load(fraction + place, mask=live, other=0.0)
     return first, tl.minimum(first + 1, size - 1), 1.0 - share, share
@@ -58,9 +57,9 @@ def _forward_kernel(
     fraction_x,  # (W,)
     starts,  # first row of each tile, in int32, and H
     sums,  # loss of each program, in float32
-    right_ones,  # pixels that each program finds right, in int32
-    logsumexp,  # (B, H, W) in float32, of base 2; written if KEEP
-    targets,  # (B, H, W) in int16, -1 where nothing counts; written if KEEP
+    right_ones,  # number of correct pixels of each program, in int32
+    logsumexp,  # (B, H, W) in float32, base 2; written if KEEP
+    targets,  # (B, H, W) in int16, -1 for ignored pixels; written if KEEP
     ignore_index,
     C,
     h,
@@ -73,7 +72,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Loss, accuracy and log-sum-exp of a tile of pixels, whose rows are of one cell."""
+    """Loss, accuracy and log-sum-exp of a tile of pixels, whose rows belong to one cell."""
     LOG2E: tl.constexpr = 1.4426950408889634
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x = tile % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -93,7 +92,7 @@ def _forward_kernel(
     target = tl.where((label >= 0) & (label < C), label, _UNKNOWN)
     target = tl.where(live & (label != ignore_index), target, _IGNORED).to(tl.int32)
 
-    top = tl.full((ROWS, COLUMNS), -3.0e38, tl.float32)  # not -inf, whose difference to a logit of -inf is nan
+    top = tl.full((ROWS, COLUMNS), -3.0e38, tl.float32)  # not -inf: -inf minus a logit of -inf is NaN
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     of_target = tl.zeros((ROWS, COLUMNS), tl.float32)
     best = tl.zeros((ROWS, COLUMNS), tl.int32)
@@ -101,12 +100,12 @@ def _forward_kernel(
     c, d = tl.load(logits + row1 + x0), tl.load(logits + row1 + x1)
     for k in range(C):
         upper, lower = _column(a, b, left, right), _column(c, d, left, right)
-        # The next class is read before it is needed.
+        # Prefetch the next class.
         logits += tl.where(k + 1 < C, h * w, 0)
         a, b = tl.load(logits + row0 + x0), tl.load(logits + row0 + x1)
         c, d = tl.load(logits + row1 + x0), tl.load(logits + row1 + x1)
         z = tl.fma(down[:, None], lower[None, :], (1.0 - down)[:, None] * upper[None, :])
-        # Of exp(z - new top) and exp(old top - new top) one is 1.
+        # One of exp(z - new top) and exp(old top - new top) is 1.
         above = z - top
         power = tl.exp2(-tl.abs(above))
         higher = above > 0
@@ -115,7 +114,7 @@ def _forward_kernel(
         of_target = tl.where(target == k, z, of_target)
         top = tl.maximum(top, z)
 
-    # An infinite logit and an unknown label make the loss and the gradient nan.
+    # An infinite logit or an unknown label makes the loss and the gradient NaN.
     broken = (tl.abs(top) == float('inf')) | (target == _UNKNOWN)
     extra = tl.where(broken, float('nan'), tl.log2(total))
     loss = (extra + (top - of_target)) * 0.6931471805599453
@@ -131,17 +130,17 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _backward_kernel(
-    factor,  # one number in float32: gradient of the loss
+    factor,  # gradient of the loss, one element in float32
     logits,  # (B, C, h, w)
-    logsumexp,  # (B, H, W) in float32, of base 2
+    logsumexp,  # (B, H, W) in float32, base 2
     targets,  # (B, H, W) in int16
     weights,  # (C,) in float32; read if WEIGHTED
     fraction_y,  # (H,) in float32
     first_y,  # (h + 1,) in int32, first pixel row of each cell
     index_x,  # (W,) in int32
     fraction_x,  # (W,) in float32
-    begin_x,  # (w,) in int32, the pixels that a column of logits reaches
-    end_x,  # (w,)
+    begin_x,  # (w,) in int32, first pixel that a column of logits contributes to
+    end_x,  # (w,) in int32, the pixel after the last one
     grad,  # (B, C, h, w)
     C,
     h,
@@ -152,10 +151,10 @@ def _backward_kernel(
     WEIGHTED: tl.constexpr,
     CLASSES: tl.constexpr,
     COLUMNS: tl.constexpr,  # of logits
-    SPAN: tl.constexpr,  # power of two that holds the pixels in a row that a logit reaches
+    SPAN: tl.constexpr,  # power of two that holds the pixels of a row that a logit contributes to
     ROWS: tl.constexpr,  # of logits
 ):
-    """Gradient of a block of logits: a thread for each column of logits and each pixel that it reaches in a row."""
+    """Gradient of a block of logits; one thread per column of logits and pixel of a row that it contributes to."""
     LOG2E: tl.constexpr = 1.4426950408889634
     blocks = tl.cdiv(C, CLASSES)
     place, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -175,14 +174,14 @@ def _backward_kernel(
     logsumexp += image * H * W + x
     targets += image * H * W + x
 
-    upper_sum = tl.zeros((CLASSES, COLUMNS * SPAN), tl.float32)  # what the row above the cell receives
+    upper_sum = tl.zeros((CLASSES, COLUMNS * SPAN), tl.float32)  # gradient of the row of logits above the cell
     lower_sum = tl.zeros((CLASSES, COLUMNS * SPAN), tl.float32)
     first_cell, last_cell = tl.maximum(top_row - 1, 0), tl.minimum(top_row + ROWS, h)
     a = tl.load(planes + first_cell * w + x0, mask=read, other=0.0)
     b = tl.load(planes + first_cell * w + x1, mask=read, other=0.0)
     lower = _column(a, b, left, right)
     y = tl.load(first_y + first_cell)
-    # The next row of pixels is read before it is needed.
+    # Prefetch the next row of pixels.
     row = tl.minimum(y, H - 1)
     next_down = tl.load(fraction_y + row)
     next_sum = tl.load(logsumexp + row * W, mask=live, other=float('inf'))
@@ -222,21 +221,21 @@ def _backward_kernel(
 
 
 class _Axis(NamedTuple):
-    """How pixels of a row or column read logits; arrays in int32, the fraction in float32."""
+    """Which logits the pixels of a row or column read; int32, except for the fraction in float32."""
 
     index: torch.Tensor  # (out,), the logit before each pixel
     fraction: torch.Tensor  # (out,), weight of the logit after it
-    first: torch.Tensor  # (size + 1,), first pixel that has each index
-    begin: torch.Tensor  # (size,), first pixel that each logit reaches
+    first: torch.Tensor  # (size + 1,), first pixel with each index
+    begin: torch.Tensor  # (size,), first pixel that each logit contributes to
     end: torch.Tensor  # (size,), the pixel after the last one
-    tiles: torch.Tensor  # first pixel of each tile of at most `tile` pixels of one index, and `out`
+    tiles: torch.Tensor  # first pixel of each tile, which has at most `tile` pixels of one index; then `out`
     tile: int
-    span: int  # most pixels that a logit reaches
+    span: int  # maximum of pixels that a logit contributes to
 
 
 @functools.lru_cache(64)
 def _axis(size: int, out: int, align_corners: bool, device: torch.device) -> _Axis:
-    """As torch.nn.functional.interpolate has it, in float64."""
+    """Compute the sources as ``torch.nn.functional.interpolate`` does, in float64."""
     if align_corners:
         source = np.arange(out) * ((size - 1) / (out - 1) if out > 1 else 0.0)
     else:
@@ -273,7 +272,7 @@ def forward(
     right = torch.empty_like(sums, dtype=torch.int32)
     logsumexp = torch.empty(labels.shape if keep else (0,), dtype=torch.float32, device=logits.device)
     targets = torch.empty_like(logsumexp, dtype=torch.int16)
-    given = weights if weights is not None else sums  # without weights any address will do: it is not read
+    given = weights if weights is not None else sums  # not read without weights, but the kernel needs an address
     taps = rows.index, rows.fraction, columns.index, columns.fraction, rows.tiles
     tensors = logits, labels, given, *taps, sums, right, logsumexp, targets
     flags = weights is not None, keep, rows.tile, _COLUMNS
@@ -290,14 +289,14 @@ def backward(
     weights: torch.Tensor | None,
     align_corners: bool,
 ) -> torch.Tensor:
-    """Gradient of the logits, from that of the loss."""
+    """Gradient of the logits from the gradient of the loss."""
     logits = logits.contiguous()
     B, C, h, w = logits.shape
     H, W = targets.shape[1:]
     rows, columns = _axis(h, H, align_corners, logits.device), _axis(w, W, align_corners, logits.device)
     span = max(2, triton.next_power_of_2(columns.span))
     lanes = max(_LANES, span)
-    classes = _CLASSES * (lanes // _LANES)  # with fewer the widest span spills on compute capability 10.0
+    classes = _CLASSES * (lanes // _LANES)  # with fewer, the widest span spills registers on compute capability 10.0
     tiles = triton.cdiv(w, lanes // span)
     grid = triton.cdiv(C, classes) * tiles * triton.cdiv(h, _ROWS), B
     out = torch.empty_like(logits)

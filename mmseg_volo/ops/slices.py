@@ -1,4 +1,4 @@
-"""Outlook attention from strided slices, products and sums: what every exporter and inference engine can read."""
+"""Outlook attention from strided slices, products and sums, which every exporter and inference engine supports."""
 
 import torch
 import torch.nn.functional as F
@@ -7,15 +7,15 @@ import torch.nn.functional as F
 def outlook_attention_slices(
     v: torch.Tensor, logits: torch.Tensor, *, scale: float, kernel_size: int, stride: int, padding: int
 ) -> torch.Tensor:
-    """See :func:`mmseg_volo.ops.outlook_attention`; works for any kernel, stride, padding and floating dtype.
+    """See :func:`mmseg_volo.ops.outlook_attention`; any kernel size, stride, padding and floating dtype.
 
-    Unlike unfold and fold, it needs neither Im2Col nor Col2Im: ONNX has it in opset 17 as pads, slices, matrix products
-    and sums.
+    It exports to ONNX opset 17 as pads, slices, matrix products and sums, without Im2Col and Col2Im.
     """
     _, H, W, C = v.shape
     B, h, w, M = logits.shape[:4]
-    k, reach = kernel_size, -(-kernel_size // stride)  # windows along an axis that reach a cell of stride tokens
-    # Rows and columns that no window reaches are left out; those after the last whole cell are added.
+    # A cell is stride x stride tokens; `reach` windows along each axis overlap it.
+    k, reach = kernel_size, -(-kernel_size // stride)
+    # Pad or cut the bottom and the right to the end of the last window.
     bottom, right = (h - 1) * stride + k - padding - H, (w - 1) * stride + k - padding - W
     padded = F.pad(v, (0, 0, padding, right, padding, bottom))
     tokens = [
@@ -25,10 +25,10 @@ def outlook_attention_slices(
     ]
     windows = torch.stack([token.reshape(B, h, w, M, C // M) for token in tokens], dim=-2)  # B, h, w, M, K, D
     attn = (logits * scale).softmax(dim=-1)
-    # Autocast may run softmax in float32; the values decide the precision of the product.
+    # Autocast may run softmax in float32; the product has the precision of the values.
     mixed = attn.to(windows.dtype) @ windows
 
-    # Fold: tokens i, i + stride, ... of neighbouring windows fall on the same place of neighbouring cells.
+    # Fold: tokens i, i + stride, ... of a window have the same position within neighbouring cells.
     rows = []
     for a in range(stride):
         row = []

@@ -1,7 +1,7 @@
-"""Cross entropy of logits that are enlarged to the labels, as an operator of PyTorch, on Triton for GPUs.
+"""Cross entropy of logits that are upsampled to the labels' size, as a PyTorch operator with Triton kernels for GPUs.
 
-``torch.compile`` and FakeTensor see one node. The backward keeps the logits as they came, and of each pixel its
-log-sum-exp in float32 and its class in int16.
+``torch.compile`` and FakeTensor see one node. Saved for the backward are the logits before the upsampling, and for each
+pixel its log-sum-exp in float32 and its class in int16.
 """
 
 import importlib
@@ -12,30 +12,30 @@ import torch
 from .fused import what_is_missing
 
 _DTYPES = torch.float32, torch.float16, torch.bfloat16
-_LIMIT = 2**31  # places within an image are 32-bit numbers
-_CLASSES = 2**15  # of int16
-_SPAN = 256  # pixels in a row that one logit may reach; more would need more registers
+_LIMIT = 2**31  # elements of one image: offsets within it are 32-bit integers
+_CLASSES = 2**15  # targets are stored in int16
+_SPAN = 256  # pixels of a row that one logit contributes to; more would need more registers
 
 
 def why_not(logits: torch.Tensor, labels: torch.Tensor, align_corners: bool) -> str | None:
-    """Why the kernels cannot run on these, in words; None where they can."""
+    """Why the kernels cannot run on these tensors, as a phrase; None if they can."""
     if logits.device.type != 'cuda' or labels.device != logits.device:
         return f'the kernels run on CUDA, got logits on {logits.device} and labels on {labels.device}'
     if logits.dtype not in _DTYPES or labels.dtype != torch.int64:
-        return f'the kernels take logits of 16 or 32 bits and labels in int64, got {logits.dtype} and {labels.dtype}'
+        return f'the kernels take 16- or 32-bit logits and int64 labels, got {logits.dtype} and {labels.dtype}'
     w, (H, W) = logits.shape[3], labels.shape[1:]
     if 0 in (*logits.shape, *labels.shape):
-        return f'there are no elements in logits {tuple(logits.shape)} or labels {tuple(labels.shape)}'
+        return f'logits {tuple(logits.shape)} or labels {tuple(labels.shape)} have no elements'
     if max(math.prod(logits.shape[1:]), H * W) >= _LIMIT or logits.shape[1] >= _CLASSES or len(logits) >= 2**16:
-        return f'the kernels take no logits as large as {tuple(logits.shape)} for labels {tuple(labels.shape)}'
+        return f'logits {tuple(logits.shape)} or labels {tuple(labels.shape)} are too large for the kernels'
     step = (W - 1) / (w - 1) if align_corners and w > 1 else W / w
     if (W if w == 1 else 2 * step + 1) > _SPAN:
-        return f'the kernels enlarge to at most {_SPAN // 2} times the width, got {w} to {W}'
+        return f'the kernels upsample to at most {_SPAN // 2} times the width, got {w} to {W}'
     return what_is_missing('cuda', logits.device.index)
 
 
 def _kernels():
-    """Imported when they are first needed, since Triton may be missing."""
+    """Import the kernels on first use, since Triton may be missing."""
     return importlib.import_module('.gpu_loss', __package__)
 
 
@@ -47,32 +47,32 @@ def upsampled_cross_entropy(
     ignore_index: int = 255,
     align_corners: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross entropy of all pixels, their logits enlarged bilinearly to the size of the labels.
+    """Sum of the cross entropy of all pixels, with logits upsampled bilinearly to the labels' size.
 
-    It equals ``cross_entropy(interpolate(logits, (H, W), mode='bilinear'), labels, weights, reduction='sum')`` in
-    float32, without a tensor of C x H x W. Sums are made in one order, so each run gives the same bits.
+    The sum equals ``cross_entropy(interpolate(logits, (H, W), mode='bilinear'), labels, weights, reduction='sum')`` in
+    float32, but no C x H x W tensor is allocated. The order of additions is fixed: results are bitwise reproducible.
 
     Args:
-        logits: (B, C, h, w) in float32, float16 or bfloat16, on a CUDA device; :func:`why_not` has all limits.
+        logits: (B, C, h, w) in float32, float16 or bfloat16, on a CUDA device; :func:`why_not` checks all limits.
         labels: (B, H, W) in int64. A label that is neither a class nor ``ignore_index`` makes the loss and the
-            gradient nan, where PyTorch stops the program.
+            gradient NaN, where PyTorch raises a device assertion.
         weights: (C,) in float32, factors on the loss of each class.
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of ignored pixels.
         align_corners: as in ``interpolate``.
 
     Returns:
-        The sum, in float32, and the number of pixels whose largest logit is the label's, in int64; both are scalars on
-        the device of the logits. The first one can be differentiated once, with respect to ``logits``.
+        The sum in float32, and the number of correct pixels in int64; both are scalars on the device of the logits. The
+        sum can be differentiated once, with respect to ``logits``.
 
     Raises:
-        ValueError: labels of another batch, or not one weight for each class.
+        ValueError: the batch sizes differ, or the number of weights is not the number of classes.
     """
     if labels.dim() != 3 or len(labels) != len(logits):
         raise ValueError(
             f'labels must be ({len(logits)}, H, W) for logits {tuple(logits.shape)}, got {tuple(labels.shape)}'
         )
     if weights is not None and weights.shape != logits.shape[1:2]:
-        raise ValueError(f'{len(weights)} weights of classes were given for {logits.shape[1]} classes')
+        raise ValueError(f'got {len(weights)} class weights for {logits.shape[1]} classes')
     keep = torch.is_grad_enabled() and logits.requires_grad
     return _forward_op(logits, labels, weights, ignore_index, align_corners, keep)[:2]
 
@@ -86,7 +86,7 @@ def _forward_op(
     align_corners: bool,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sum and right pixels; with ``keep`` what the backward needs: log-sum-exp and class of each pixel, (B, H, W)."""
+    """Sum, correct pixels, and with ``keep`` the log-sum-exp and class of each pixel (B, H, W) for the backward."""
     return _kernels().forward(logits, labels, weights, ignore_index, align_corners, keep)
 
 
@@ -105,8 +105,8 @@ def _backward_op(
 @_forward_op.register_fake
 def _(logits, labels, weights, ignore_index, align_corners, keep):
     kept = labels.shape if keep else (0,)
-    total, right = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64)
-    return total, right, logits.new_empty(kept, dtype=torch.float32), logits.new_empty(kept, dtype=torch.int16)
+    total, correct = logits.new_empty((), dtype=torch.float32), logits.new_empty((), dtype=torch.int64)
+    return total, correct, logits.new_empty(kept, dtype=torch.float32), logits.new_empty(kept, dtype=torch.int16)
 
 
 @_backward_op.register_fake
@@ -118,7 +118,7 @@ def _keep(ctx, inputs, output) -> None:
     logits, _, weights, _, ctx.align_corners, _ = inputs
     ctx.save_for_backward(logits, *output[2:], weights)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # else zeros would be made as gradients of what is kept
+    ctx.set_materialize_grads(False)  # no zero gradients for the saved outputs
 
 
 def _backward(ctx, grad, *_):

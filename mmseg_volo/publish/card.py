@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..utils.unwrap import bare_dataset
 from .results import Result, dataset_name
 from .shareable_config import is_public, last_part
 
@@ -28,7 +29,9 @@ def facts_of(config: dict, trained: dict, meta: Mapping) -> dict:
         meta: ``meta`` of the checkpoint.
     """
     model, optim = config['model'], config.get('optim_wrapper') or {}
-    train, val, test = (_dataset(config, which) for which in ('train', 'val', 'test'))
+    train, val, test = (
+        bare_dataset((config.get(f'{which}_dataloader') or {}).get('dataset')) for which in ('train', 'val', 'test')
+    )
     backbone, head = model.get('backbone') or {}, model.get('decode_head') or {}
     head = head[-1] if isinstance(head, (list, tuple)) else head
     kind, arch = str(backbone.get('type', 'backbone')), backbone.get('arch')
@@ -129,13 +132,6 @@ def metafile(facts: dict) -> str:
     collections = [{'Name': 'VOLO', 'Paper': _PAPER, 'Frameworks': ['PyTorch']}] if facts['is_volo'] else []
     models = [{key: value for key, value in model.items() if value}]
     return yaml.safe_dump({'Collections': collections, 'Models': models}, sort_keys=False, width=120)
-
-
-def _dataset(config: dict, which: str) -> dict:
-    dataset = (config.get(f'{which}_dataloader') or {}).get('dataset') or {}
-    while 'dataset' in dataset or 'datasets' in dataset:  # wrappers
-        dataset = dataset['dataset'] if 'dataset' in dataset else dataset['datasets'][0]
-    return dataset
 
 
 def _folder(dataset: dict) -> str:

@@ -1,4 +1,4 @@
-"""A page about training and test runs, made of what they left in their work dirs."""
+"""Write an HTML report on training and test runs from the files in their work dirs."""
 
 from .page import write_report
 

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: drawn by matplotlib, coloured by the page's CSS variables, told in words and as a table."""
+"""Plots as inline SVG: drawn by matplotlib, coloured by CSS variables of the page, with a description and a table."""
 
 import io
 import math
@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-# Colours that stand for variables of the page's style sheet, so that one drawing serves light and dark.
+# Placeholders that _svg replaces by CSS variables of the page, so that one drawing fits light and dark mode.
 _FG, _GRID = '#010203', '#040506'
 _SERIES = [f'#07080{i}' for i in range(8)]
 _VARIABLES = {_FG: 'var(--fg)', _GRID: 'var(--grid)', **{one: f'var(--s{i})' for i, one in enumerate(_SERIES)}}
@@ -41,15 +41,15 @@ _STYLE = {
     'legend.frameon': False,
     'legend.fontsize': 8,
 }
-_SIZE = 3.6, 2.5  # inches at 100 px: a phone shows it as it is
-_POINTS = 300  # of a curve that are drawn
-_ROWS = 25  # of its table
-_NUMBERS = count()  # ids must differ within a page
+_SIZE = 3.6, 2.5  # inches at 100 px, which fit on a phone
+_POINTS = 300  # points of a curve, at most
+_ROWS = 25  # rows of its table, at most
+_NUMBERS = count()  # make the ids of all figures on a page different
 
 
 @dataclass
 class Figure:
-    """A drawing with what it shows in words (``label``) and in numbers (``header``, ``rows``)."""
+    """A drawing with its description (``label``) and its table (``header``, ``rows``)."""
 
     title: str
     svg: Markup
@@ -59,30 +59,27 @@ class Figure:
     note: str = ''
 
 
-@dataclass
 class Series:
-    """One curve: places (iterations) and values, NaN included."""
+    """One curve: (iteration, value) pairs, NaN included."""
 
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    def __init__(self, name: str, points: Sequence[tuple[float, float]]):
+        self.name = name
+        self.x, self.y = np.array(points, float).reshape(-1, 2).T
 
 
-def curves(
-    title: str, unit: str, series: Sequence[Series], best: str | None = None, log: bool = False
-) -> Figure | None:
-    """Values over iterations, one line for each run.
+def curves(title: str, unit: str, series: Sequence[Series], best: str, log: bool = False) -> Figure | None:
+    """Draw values over iterations, one line per series.
 
     Args:
-        title, unit: what it shows.
+        title, unit: of the figure.
         series: empty ones are left out.
-        best: 'least' or 'greatest', where one of the values is worth naming.
-        log: draw values that differ a hundredfold on a logarithmic scale.
+        best: 'least' or 'greatest', the value that the description names.
+        log: use a logarithmic scale if the values differ by a factor of more than 100.
 
     Returns:
-        None where there is nothing to say. One point is said and not drawn.
+        None without any point. Single points are described but not drawn.
     """
-    series = [Series(one.name, np.asarray(one.x, float), np.asarray(one.y, float)) for one in series if len(one.x)]
+    series = [one for one in series if len(one.x)]
     if not series:
         return None
     words = [_in_words(one, best, len(series) > 1) for one in series]
@@ -97,13 +94,13 @@ def curves(
         axes = canvas.subplots()
         for i, one in enumerate(series):
             x, y = _thinned(one.x, one.y)
-            # Markers and dashes tell runs apart without colours.
+            # Markers and dashes distinguish runs without colours.
             axes.plot(
                 x,
                 y,
                 color=_SERIES[i % 8],
                 linestyle=_DASHES[i % 8],
-                linewidth=max(2.2 - 0.6 * i, 1.2),  # equal curves are all seen
+                linewidth=max(2.2 - 0.6 * i, 1.2),  # keep equal curves visible
                 marker=_MARKERS[i % 8],
                 markersize=max(6 - 1.5 * i, 3) if len(series) > 1 else 4,
                 markevery=max(len(x) // 8, 1) if len(x) > 12 else 1,
@@ -124,28 +121,21 @@ def curves(
 
 
 def reliability(name: str, calibration: dict) -> Figure:
-    """Accuracy over confidence, with the diagonal of a calibrated model; the bars below say how many pixels."""
+    """Draw accuracy over confidence, with the diagonal of a calibrated model, above bars of the share of pixels."""
     bins = [one for one in calibration['bins'] if one['pixels']]
     total = sum(one['pixels'] for one in bins)
     ece, step = calibration['ece'], calibration.get('step', 1)
     of = 'all labelled pixels' if step == 1 else f'one labelled pixel in {step**2}, on a regular grid'
     gap = sum((one['confidence'] - one['accuracy']) * one['pixels'] for one in bins) / max(total, 1)
-    tends = 'claims more than it keeps (overconfident)' if gap > 0 else 'keeps more than it claims (underconfident)'
+    verdict = 'overconfident' if gap > 0 else 'underconfident'
     if abs(gap) < 0.005:
-        tends = 'is neither over- nor underconfident on the whole'
+        verdict = 'neither overconfident nor underconfident on average'
     label = (
         f'Reliability diagram of {name}: expected calibration error {ece:.3f} on {total:,} pixels; mean confidence '
-        f'minus accuracy {gap:+.3f}, so the model {tends}.'
+        f'minus accuracy {gap:+.3f}, so the model is {verdict}.'
     )
-    rows = [
-        [
-            f'{one["low"]:.2f} to {one["high"]:.2f}',
-            f'{one["pixels"]:,}',
-            f'{one["confidence"]:.3f}',
-            f'{one["accuracy"]:.3f}',
-        ]
-        for one in bins
-    ]
+    cells = '{low:.2f} to {high:.2f}', '{pixels:,}', '{confidence:.3f}', '{accuracy:.3f}'
+    rows = [[cell.format(**one) for cell in cells] for one in bins]
     with matplotlib.rc_context(_STYLE):
         canvas = Canvas((3.6, 3.6), layout='constrained')
         top, bottom = canvas.subplots(2, 1, height_ratios=(3, 1), sharex=True)
@@ -167,12 +157,12 @@ def reliability(name: str, calibration: dict) -> Figure:
             label,
             ['Confidence', 'Pixels', 'Mean confidence', 'Accuracy'],
             rows,
-            f'Expected calibration error {ece:.3f}. The model {tends}. Of {of}.',
+            f'Expected calibration error {ece:.3f}, measured on {of}. The model is {verdict}.',
         )
 
 
 class Confusion(NamedTuple):
-    """Pixels of one class that were taken for another, and their share of the class."""
+    """Pixels of one class that were predicted as another, and their share of the class."""
 
     truth: str
     predicted: str
@@ -184,19 +174,18 @@ class Confusion(NamedTuple):
 
 
 def confusions(classes: Sequence[str], confusion: np.ndarray, most: int) -> list[Confusion]:
-    """The ``most`` largest of a confusion matrix (C, C), by pixels."""
+    """Return the ``most`` largest confusions of a confusion matrix (C, C), by pixels."""
     wrong = confusion - np.diag(np.diag(confusion))
     order = np.argsort(-wrong, axis=None, kind='stable')[:most]
-    places = [divmod(int(place), len(classes)) for place in order]
     return [
         Confusion(classes[row], classes[column], int(wrong[row, column]), wrong[row, column] / confusion[row].sum())
-        for row, column in places
+        for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True)
         if wrong[row, column]
     ]
 
 
 def heat_map(name: str, classes: Sequence[str], confusion: np.ndarray, confused: Sequence[Confusion]) -> Figure:
-    """A confusion matrix (C, C), each row as shares of its true class, with its largest confusions."""
+    """Draw a confusion matrix (C, C), each row as shares of its true class."""
     total = confusion.sum(1, keepdims=True)
     shares = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
     few = len(classes) <= 25
@@ -207,19 +196,18 @@ def heat_map(name: str, classes: Sequence[str], confusion: np.ndarray, confused:
         whole = margin + side + after
         canvas = Canvas((whole, whole))
         axes = canvas.add_axes((margin / whole, after / whole, side / whole, side / whole))
-        picture = np.zeros((*shares.shape, 4))
-        picture[..., :3] = to_rgb('#2563c4')
-        # Transparency in place of white, so that it lies on a light page and on a dark one.
-        picture[..., 3] = shares**0.6
-        axes.imshow(picture, interpolation='none', aspect='equal')  # 'none' leaves scaling to the reader's browser
+        colours = np.zeros((*shares.shape, 4))
+        colours[..., :3] = to_rgb('#2563c4')
+        colours[..., 3] = shares**0.6  # transparent in place of white, for light and dark mode
+        axes.imshow(colours, interpolation='none', aspect='equal')  # 'none' leaves the scaling to the browser
         ticks, names = range(len(classes)), [_short(one, 22) for one in classes]
         axes.set_xticks(ticks, names, rotation=90)
         axes.set_yticks(ticks, names)
-        # A large one is scrolled: its names stand on all sides.
+        # Large matrices are scrolled and have names on all sides.
         axes.tick_params(length=0, labeltop=True, labelbottom=not few, labelright=not few)
         axes.set_xlabel('predicted', fontweight='bold')
         axes.xaxis.set_label_position('top')
-        axes.set_ylabel('truth', fontweight='bold')
+        axes.set_ylabel('ground truth', fontweight='bold')
         if few:
             for (row, column), share in np.ndenumerate(shares):
                 if share >= 0.005:
@@ -230,24 +218,24 @@ def heat_map(name: str, classes: Sequence[str], confusion: np.ndarray, confused:
             axes.vlines(edges, -0.5, end, color=_GRID, linewidth=0.3)
             axes.hlines(edges, -0.5, end, color=_GRID, linewidth=0.3)
         svg = _svg(canvas)
-    label = f'Confusion matrix of {name}, rows truth, columns prediction, in percent of the true class. '
+    label = f'Confusion matrix of {name}, rows ground truth, columns prediction, in percent of the true class. '
     label += f'Largest confusions: {" ".join(map(str, confused[:5]))}' if confused else 'No pixel is confused.'
-    title, header = f'Confusion matrix of {name}', ['Truth \\ predicted', *classes]
+    title = f'Confusion matrix of {name}'
     if few:
         rows = [
             [one, *(f'{100 * share:.1f}' if pixels else '–' for share in row)]
             for one, row, pixels in zip(classes, shares, total[:, 0], strict=True)
         ]
-        return Figure(title, svg, label, header, rows)
+        return Figure(title, svg, label, ['Ground truth \\ predicted', *classes], rows)
     rows = [[one.truth, one.predicted, f'{one.pixels:,}', f'{100 * one.share:.1f}'] for one in confused]
     note = f'The table has the {len(rows)} largest confusions.'
-    return Figure(title, svg, label, ['Truth', 'Predicted', 'Pixels', '% of the true class'], rows, note)
+    return Figure(title, svg, label, ['Ground truth', 'Predicted', 'Pixels', '% of the true class'], rows, note)
 
 
 def _svg(canvas: Canvas) -> Markup:
-    """The drawing as part of a page: no header, no metadata, no names of namespaces, ids of its own."""
+    """Return the drawing as an element of the page, without header, metadata and namespaces, and with unique ids."""
     buffer = io.StringIO()
-    with warnings.catch_warnings():  # letters that matplotlib's font has not, and the reader's may have
+    with warnings.catch_warnings():  # about characters that matplotlib's font lacks; the browser has other fonts
         warnings.simplefilter('ignore')
         canvas.savefig(buffer, format='svg', transparent=True, metadata=dict(Date=None, Creator=None))
     text = buffer.getvalue()
@@ -265,10 +253,10 @@ def _svg(canvas: Canvas) -> Markup:
     text = re.sub(
         r'<svg[^>]*>', f'<svg viewBox="0 0 {0.72 * width:g} {0.72 * height:g}" width="{width}">', text, count=1
     )
-    return Markup(text)  # escaped by matplotlib
+    return Markup(text)  # matplotlib has escaped it
 
 
-def _in_words(one: Series, best: str | None, named: bool) -> str:
+def _in_words(one: Series, best: str, named: bool) -> str:
     finite = np.isfinite(one.y)
     start = f'{one.name}: ' if named else ''
     if not finite.any():
@@ -276,10 +264,8 @@ def _in_words(one: Series, best: str | None, named: bool) -> str:
     x, y = one.x[finite], one.y[finite]
     text = f'{start}{number(y[0])} at iteration {x[0]:,.0f}'
     if len(x) > 1:
-        text += f', {number(y[-1])} at iteration {x[-1]:,.0f}'
-        if best:
-            at = int(np.argmin(y) if best == 'least' else np.argmax(y))
-            text += f', {best} {number(y[at])} at iteration {x[at]:,.0f}'
+        at = int(np.argmin(y) if best == 'least' else np.argmax(y))
+        text += f', {number(y[-1])} at iteration {x[-1]:,.0f}, {best} {number(y[at])} at iteration {x[at]:,.0f}'
     return f'{text}.'
 
 
@@ -292,27 +278,25 @@ def _gaps(one: Series) -> str:
 
 
 def _table(unit: str, series: Sequence[Series]) -> tuple[list[str], list[list[str]]]:
-    places = np.unique(np.concatenate([one.x for one in series]))
-    if len(places) > _ROWS:
-        places = places[np.unique(np.linspace(0, len(places) - 1, _ROWS).round().astype(int))]
+    steps = np.unique(np.concatenate([one.x for one in series]))
+    if len(steps) > _ROWS:
+        steps = steps[np.unique(np.linspace(0, len(steps) - 1, _ROWS).round().astype(int))]
     found = [dict(zip(one.x, one.y, strict=True)) for one in series]
     names = [unit] if len(series) == 1 else [one.name for one in series]
-    rows = [[f'{x:,.0f}', *(number(values[x]) if x in values else '' for values in found)] for x in places]
+    rows = [[f'{x:,.0f}', *(number(values[x]) if x in values else '' for values in found)] for x in steps]
     return ['Iteration', *names], rows
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means of neighbours where there are more points than can be told apart; a mean with NaN in it stays a gap."""
+    """Average neighbouring points if there are more than can be distinguished; an average with NaN stays a gap."""
     if len(x) <= _POINTS:
         return x, y
     parts = np.array_split(np.arange(len(x)), _POINTS)
     return np.array([x[part].mean() for part in parts]), np.array([y[part].mean() for part in parts])
 
 
-def number(value: float | None) -> str:
-    """A measured value in a few digits."""
-    if value is None:
-        return '–'
+def number(value: float) -> str:
+    """Format a measured value with a few digits."""
     if not math.isfinite(value):
         return 'not finite'
     if value and abs(value) < 0.01:

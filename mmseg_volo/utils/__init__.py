@@ -1,1 +1,1 @@
-"""Helpers that every other part may import."""
+"""Helpers for all other folders."""

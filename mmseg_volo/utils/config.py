@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 
 def load_config(path: str, options: dict | None = None, work_dir: str | None = None, launcher: str = 'none') -> Config:
-    """Read a config and apply the command line's wishes to it.
+    """Read a config and apply command-line options to it.
 
     Args:
         path: the config file.
@@ -15,10 +15,10 @@ def load_config(path: str, options: dict | None = None, work_dir: str | None = N
         launcher: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        FileNotFoundError: no such config.
+        FileNotFoundError: the config does not exist.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f'config {path} does not exist; the ones that ship are in configs/')
+        raise FileNotFoundError(f'config {path} does not exist; the configs of this package are in configs/')
     config = Config.fromfile(path)
     if options:
         config.merge_from_dict(options)

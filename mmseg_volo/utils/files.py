@@ -1,4 +1,4 @@
-"""Write files that are complete or absent, and take their SHA-256."""
+"""Write files atomically, and compute their SHA-256."""
 
 import contextlib
 import hashlib
@@ -11,30 +11,30 @@ _CHUNK = 2**22  # bytes
 
 
 def part_of(path: str | Path) -> Path:
-    """The hidden name beside ``path`` under which it is written first: ``.NAME.part.SUFFIX``."""
+    """The temporary name under which ``path`` is written first: ``.NAME.part.SUFFIX`` in the same folder."""
     path = Path(path)
     return path.with_name(f'.{path.stem}.part{path.suffix}')
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield the hidden file of :func:`part_of`; it replaces ``path`` when the block ends, and is removed if it fails.
+    """Yield the temporary path of :func:`part_of`; it replaces ``path`` on success and is deleted on failure.
 
     Raises:
-        OSError: the file cannot be written. What stood under ``path`` is as it was.
+        OSError: the file cannot be written. An existing file at ``path`` stays unchanged.
     """
     part = part_of(path)
     try:
         yield part
         os.replace(part, path)
     except BaseException:
-        with contextlib.suppress(OSError):  # its folder may be gone, which is the error on its way
+        with contextlib.suppress(OSError):  # the folder may be gone, and the first error matters
             part.unlink()
         raise
 
 
 def sha256(file: str | Path | BinaryIO, size: int | None = None) -> str:
-    """SHA-256 in hexadecimal of a file, or of its first ``size`` bytes."""
+    """Hexadecimal SHA-256 of a file, or of its first ``size`` bytes."""
     with open(file, 'rb') if isinstance(file, (str, Path)) else contextlib.nullcontext(file) as content:
         content.seek(0)
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that long work looks at where it can end well."""
+"""Turn SIGINT and SIGTERM into a flag that long-running work polls at safe points."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import threading
 
 
 class Stopped(RuntimeError):
-    """Work ended early because a signal asked for it; what was done until then is whole."""
+    """A signal ended the work early; everything done until then is complete."""
 
     def __init__(self, number: int):
         super().__init__(f'stopped by {signal.Signals(number).name}')
@@ -14,22 +14,27 @@ class Stopped(RuntimeError):
 
     @property
     def status(self) -> int:
-        """The exit status that shells expect of a process that was ended by this signal."""
+        """The exit status that shells expect of a process ended by this signal."""
         return 128 + self.number
 
 
 class StopSignals:
-    """While it is entered, signals do nothing but make :meth:`check` raise; a second Ctrl-C interrupts at once.
+    """Inside the ``with`` block, signals only set a flag; a second SIGINT raises KeyboardInterrupt at once.
 
-    In another thread than the main one it does nothing: signals are the main thread's.
+    Outside the main thread this does nothing, because only the main thread can handle signals.
 
     Args:
-        numbers: the signals.
+        numbers: the signals; by default SIGINT and SIGTERM.
+        notice: what the process says on stderr when the first signal arrives.
+
+    Attributes:
+        received: number of the last signal that arrived in the block, else None.
     """
 
-    def __init__(self, *numbers: int):
+    def __init__(self, *numbers: int, notice: str = 'stopping'):
+        self.received: int | None = None
         self._numbers = numbers or (signal.SIGINT, signal.SIGTERM)
-        self._came: int | None = None
+        self._notice = notice
         self._handlers: dict = {}
 
     def __enter__(self) -> 'StopSignals':
@@ -40,15 +45,16 @@ class StopSignals:
     def __exit__(self, *_) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self.received = None
 
     def check(self, *_) -> None:
-        """Raise :class:`Stopped` if a signal came; takes what progress reports give, so that it can be one."""
-        if self._came is not None:
-            raise Stopped(self._came)
+        """Raise :class:`Stopped` if a signal arrived. Arguments are ignored, so this can be a progress callback."""
+        if self.received is not None:
+            raise Stopped(self.received)
 
     def _on_signal(self, number: int, frame) -> None:
-        if self._came == signal.SIGINT == number:
+        if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
-        if self._came is None:
-            os.write(2, f'\n{signal.Signals(number).name}: stopping\n'.encode())
-        self._came = number
+        if self.received is None:
+            os.write(2, f'\n{signal.Signals(number).name}: {self._notice}\n'.encode())
+        self.received = number

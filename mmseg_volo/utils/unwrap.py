@@ -1,22 +1,20 @@
-"""Look below the wrappers of models and data sets."""
+"""Look below the wrappers of models and of data sets."""
+
+from collections.abc import Mapping
 
 from torch import nn
-from torch.utils.data import Dataset
 
 
 def bare_model(model: nn.Module) -> nn.Module:
-    """The segmentor below wrappers for several ranks and for test-time augmentation, which call it ``module``."""
+    """The segmentor inside wrappers for distributed training and test-time augmentation."""
     while not hasattr(model, 'decode_head') and isinstance(getattr(model, 'module', None), nn.Module):
         model = model.module
     return model
 
 
-def bare_dataset(dataset: Dataset) -> Dataset:
-    """The data set below wrappers such as ``RepeatDataset`` and ``ConcatDataset``; of several, the first."""
-    while True:
-        if hasattr(dataset, 'datasets'):
-            dataset = dataset.datasets[0]
-        elif hasattr(dataset, 'dataset'):
-            dataset = dataset.dataset
-        else:
-            return dataset
+def bare_dataset(config: Mapping | None) -> Mapping:
+    """The config of a data set without wrappers such as ``RepeatDataset``; of several data sets the first."""
+    config = config or {}
+    while 'dataset' in config or 'datasets' in config:
+        config = config['dataset'] if 'dataset' in config else config['datasets'][0]
+    return config

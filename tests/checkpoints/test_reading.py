@@ -1,4 +1,4 @@
-"""Files of every official form go in, everything else is refused by name, and no file runs code."""
+"""Weights of every official form load; other files are rejected with a clear message, and none runs code."""
 
 import os
 import pickle
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope='module')
 def official() -> dict:
-    """A D1 classifier's weights by their official names, from timm."""
+    """The weights of timm's D1 classifier, under their official names."""
     torch.manual_seed(1)
     return timm.create_model('volo_d1_224', pretrained=False).state_dict()
 
@@ -56,7 +56,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize('form', FORMS)
-def test_pth_tar_of_every_form(form, official, tmp_path):
+def test_every_form_of_pth_tar(form, official, tmp_path):
     torch.save(FORMS[form](official), tmp_path / 'd1_224_84.2.pth.tar')
     assert_loaded(load(tmp_path / 'd1_224_84.2.pth.tar'), official)
 
@@ -71,7 +71,7 @@ def test_safetensors(official, tmp_path):
     assert_loaded(load(tmp_path / 'model.safetensors'), official)
 
 
-def test_the_log_tells_what_was_left_out(official, tmp_path, caplog):
+def test_the_log_names_skipped_weights(official, tmp_path, caplog):
     torch.save(official, tmp_path / 'd1.pth')
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
@@ -83,7 +83,7 @@ def test_the_log_tells_what_was_left_out(official, tmp_path, caplog):
     full, part = [r.getMessage() for r in caplog.records if 'Loaded' in r.getMessage()]
     assert 'Loaded 231 of 260 entries of VOLO-D1 (blocks 4-4-8-2, widths 192/384)' in full
     assert 'aux_head, cls_token, head, post_network of the classifier (29 entries)' in full
-    assert 'kept at their start values: norm0.weight, norm0.bias' in full
+    assert 'kept at their initial values: norm0.weight, norm0.bias' in full
     assert 'entries of stages or norms that are not built' in part
 
 
@@ -110,12 +110,12 @@ def test_url_is_downloaded_once(official, tmp_path, monkeypatch):
     assert_loaded(load(url), official)  # from the cache
 
 
-def test_timm_names_come_from_the_hubs_cache(official, tmp_path, monkeypatch):
+def test_timm_weights_are_read_from_the_hub_cache(official, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
-    # The layout of the hub's cache: a snapshot under the commit that refs/main names.
+    # The layout of the hub's cache: a snapshot folder named by the commit in refs/main.
     repo = tmp_path / 'models--timm--volo_d1_224.sail_in1k'
     (repo / 'refs').mkdir(parents=True)
     (repo / 'refs/main').write_text('a' * 40)
@@ -144,7 +144,7 @@ def test_missing_file_and_folder(tmp_path):
         load(tmp_path)
 
 
-def test_another_variant_is_named_and_leaves_the_backbone_alone(tmp_path):
+def test_another_variant_is_named_and_the_backbone_stays_unchanged(tmp_path):
     torch.save(timm.create_model('volo_d2_224', pretrained=False).state_dict(), tmp_path / 'x.pth')
     model = VOLO('d1', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'x.pth')))
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -168,7 +168,7 @@ def test_missing_and_unknown_weights_are_named(official, tmp_path):
         load(tmp_path / 'rgb.pth', in_channels=4)
 
 
-def test_no_volo(tmp_path):
+def test_weights_of_another_model(tmp_path):
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / 'linear.pth')
     with pytest.raises(CheckpointError, match=r'linear\.pth: expected the weights of a VOLO .*found weight, bias'):
         load(tmp_path / 'linear.pth')
@@ -190,7 +190,7 @@ def test_truncated_files(keep, suffix, official, tmp_path):
         load(path)
 
 
-def test_noise_is_no_checkpoint(tmp_path):
+def test_noise_is_rejected(tmp_path):
     (tmp_path / 'noise.pth').write_bytes(np.random.default_rng(0).bytes(5000))
     with pytest.raises(CheckpointError, match='the file is cut off or is no checkpoint'):
         load(tmp_path / 'noise.pth')
@@ -201,7 +201,7 @@ def test_noise_is_no_checkpoint(tmp_path):
 
 @pytest.fixture
 def evil(tmp_path):
-    """Files whose reading would make a folder, and a check that it did not."""
+    """Files that would create a folder if their code ran; checks afterwards that it did not."""
     trace = tmp_path / 'code-ran'
     torch.save({'state_dict': {}, 'meta': Evil(trace)}, tmp_path / 'evil.pth')
     (tmp_path / 'plain.pth').write_bytes(pickle.dumps({'state_dict': Evil(trace)}, protocol=2))
@@ -217,7 +217,7 @@ def tiny_config() -> Config:
     return config
 
 
-def test_code_is_refused_in_every_entry(evil):
+def test_code_is_rejected_at_every_entry_point(evil):
     for path in evil:
         entries = [
             lambda p=path: load(p),
@@ -233,8 +233,8 @@ def test_code_is_refused_in_every_entry(evil):
                 entry()
 
 
-def test_what_mmengine_saves_is_read_safely(tmp_path):
-    """Its checkpoints hold log histories and NumPy numbers; every kind of number must pass."""
+def test_checkpoints_of_mmengine_are_read(tmp_path):
+    """They hold log histories and NumPy numbers; every dtype of number must pass."""
     scalars = {kind: np.dtype(kind).type(1) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'b1')}
     history = HistoryBuffer([1.0, 2.0], [1, 1])
     content = dict(state_dict={'w': torch.ones(2)}, meta=scalars, message_hub=dict(log=history, array=np.arange(3.0)))

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, and refused when anything about them is not as it was saved."""
+"""Checkpoint files are complete or absent, and rejected after any change to their bytes."""
 
 import errno
 import io
@@ -41,7 +41,7 @@ def test_a_sealed_file_is_an_ordinary_checkpoint(tmp_path):
 
 
 def test_tensors_are_written_for_the_cpu():
-    """Of a tensor on a GPU, which is copied only while it is written."""
+    """A tensor on a GPU is marked as a CPU tensor, so torch.save copies it only while it writes it."""
     saved = []
 
     class Recorder(writing._Pickler):
@@ -52,8 +52,8 @@ def test_tensors_are_written_for_the_cpu():
     assert saved == [('storage', torch.FloatStorage, '0', 'cpu', 12)]
 
 
-def test_one_tensor_in_memory_at_a_time(tmp_path):
-    """Saving 400 MB in tensors of 4 MB may not need 400 MB more."""
+def test_saving_needs_memory_for_one_tensor_at_a_time(tmp_path):
+    """Saving 400 MB in tensors of 4 MB must not need another 400 MB."""
     content = dict(state_dict={str(i): torch.ones(1_000_000) for i in range(100)})
     writing.save(dict(state_dict={'0': torch.ones(1_000_000)}), tmp_path / 'warm_up.pth')
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -62,7 +62,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize('reason', [errno.ENOSPC, errno.EIO, errno.EROFS])
-def test_what_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, reason):
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch, reason):
     path = tmp_path / 'iter_10.pth'
     writing.save(checkpoint(), path)
     old = path.read_bytes()
@@ -94,7 +94,7 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, reason
     assert os.listdir(tmp_path) == ['iter_10.pth'] and path.read_bytes() == old
 
 
-def test_a_disk_that_gives_back_something_else(tmp_path):
+def test_a_disk_that_returns_other_bytes(tmp_path):
     path = tmp_path / 'iter_10.pth'
     part = writing.write(checkpoint(), path)
     damaged = bytearray(part.read_bytes())
@@ -106,7 +106,7 @@ def test_a_disk_that_gives_back_something_else(tmp_path):
 
 
 def mutations(good: bytes, count: int, ran: Path):
-    """(kind, file name, bytes) of files none of which may load."""
+    """Yield (kind, file name, bytes) of files that must all be rejected."""
     draw = random.Random(1)
     for i in range(count):
         kind = ('truncated', 'flipped', 'flipped', 'foreign', 'malicious')[i % 5]
@@ -115,9 +115,9 @@ def mutations(good: bytes, count: int, ran: Path):
             data = good[: draw.choice([draw.randrange(len(good)), len(good) - 1 - i, i])]
         elif kind == 'flipped':
             data = bytearray(good)
-            # Anywhere, and often in the last bytes, where the directory of the file and its seal are.
-            place = draw.randrange(len(good)) if i % 2 else len(good) - 1 - draw.randrange(3000)
-            data[place] ^= 1 << draw.randrange(8)
+            # Half of them in the last bytes, which hold the ZIP directory and the seal.
+            position = draw.randrange(len(good)) if i % 2 else len(good) - 1 - draw.randrange(3000)
+            data[position] ^= 1 << draw.randrange(8)
             data = bytes(data)
         elif kind == 'foreign':
             data = (
@@ -139,7 +139,7 @@ def mutations(good: bytes, count: int, ran: Path):
                 if place == 2:
                     from mmseg_volo.checkpoints.writing import seal
 
-                    seal(file)  # a seal says that a file is whole, not that it is harmless
+                    seal(file)  # a valid seal does not make a file safe
                 data = file.read_bytes()
                 file.unlink()
             else:
@@ -166,7 +166,7 @@ def refuse_all(tmp_path: Path, count: int) -> dict[str, int]:
     for step in range(max(1, count // 10)):
         renamed = tmp_path / f'iter_{step + 11}.pth'
         renamed.write_bytes(good)
-        with pytest.raises(CheckpointError, match=f'was saved at iter 10, its name says {step + 11}'):
+        with pytest.raises(CheckpointError, match=f'was saved at iter 10, but its name says {step + 11}'):
             newest_checkpoint([tmp_path], LOGGER)
         renamed.unlink()
         tried['renamed'] = tried.get('renamed', 0) + 1

@@ -1,4 +1,4 @@
-"""CamVid as mmseg reads it, and the model on real pictures."""
+"""CamVid as mmseg reads it, and the model on its images."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from mmseg_volo.datasets.camvid import CamVidDataset
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
 
-def test_classes_and_colours_fit_each_other():
+def test_each_class_has_a_colour():
     meta = CamVidDataset.METAINFO
     assert len(meta['classes']) == len(meta['palette']) == len({tuple(c) for c in meta['palette']}) == 11
 
@@ -46,15 +46,15 @@ def test_camvid_config_makes_batches(camvid):
         assert tuple(item['data_samples'].gt_sem_seg.data.shape) == (1, *size)
 
 
-def test_a_real_picture_gives_timms_features(camvid):
-    """360 x 480 is no multiple of 16: timm gets the picture padded and a pos_embed of the padded grid."""
+def test_a_real_image_gives_the_features_of_timm(camvid):
+    """360 is not a multiple of 16, so timm gets a padded image and a pos_embed of the padded grid."""
     theirs = timm.create_model('volo_d1_224', pretrained=False).eval()
     ours = VOLO('d1', out_norm=False).eval()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith((*CLASSIFIER, 'norm.'))})
     grid = F.interpolate(theirs.pos_embed.permute(0, 3, 1, 2), (23, 30), mode='bicubic', align_corners=False)
     theirs.pos_embed = nn.Parameter(grid.permute(0, 2, 3, 1))
-    picture = cv2.imread(str(sorted((camvid / 'images/val').iterdir())[0]))
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 58 - 2
+    image = cv2.imread(str(sorted((camvid / 'images/val').iterdir())[0]))
+    x = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 58 - 2
     with torch.no_grad():
         expected = theirs.forward_intermediates(F.pad(x, (0, 0, 0, 8)), intermediates_only=True)
         for i, (a, b) in enumerate(zip(ours(x), expected, strict=True)):

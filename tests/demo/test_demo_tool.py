@@ -59,7 +59,9 @@ def test_it_serves_until_a_signal_and_leaves_nothing(number, host, trained, tmp_
     except ConfigError:
         pytest.skip(f'needs the address {host}')
     url = f'http://{f"[{host}]" if ":" in host else host}:{port}/'
-    temporary, before, ended = tmp_path / 'temporary', signal.getsignal(signal.SIGTERM), threading.Event()
+    temporary, ended = tmp_path / 'temporary', threading.Event()
+    # Of a test process of pytest-xdist SIGINT is ignored.
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
     temporary.mkdir()
     monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
     monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # a proxy that does not answer
@@ -87,7 +89,8 @@ def test_it_serves_until_a_signal_and_leaves_nothing(number, host, trained, tmp_
             assert run_demo(monkeypatch, *trained, *arguments) == 0
         finally:
             ended.set()
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before[0])
+            signal.signal(signal.SIGINT, before[1])
         visited.result()
     out, err = capfd.readouterr()
     assert out.endswith(f'{url} (Ctrl-C ends it)\nstopping\nstopped; no files were kept\n')

@@ -1,4 +1,4 @@
-"""Checkpoints are written while training goes on, and the newest whole one is found again."""
+"""Checkpoints are written in a thread during training, and resuming finds the newest complete one."""
 
 import errno
 import logging
@@ -16,7 +16,7 @@ from mmseg_volo.errors import CheckpointError, SaveError
 LOGGER = logging.getLogger('test_checkpoint_hook')
 
 
-def test_writer_tells_of_its_failure_once(tmp_path, monkeypatch):
+def test_writer_raises_its_error_once(tmp_path, monkeypatch):
     writer = Writer()
     settled = []
     writer.save(checkpoint(), tmp_path / 'a.pth', lambda: settled.append('a'))
@@ -31,15 +31,15 @@ def test_writer_tells_of_its_failure_once(tmp_path, monkeypatch):
     assert settled == ['a'] and os.listdir(tmp_path) == ['a.pth']
 
 
-def test_what_comes_after_a_save_fails_as_a_save(tmp_path):
-    """The pointer to the checkpoint, and the removal of older ones, on a disk that has gone."""
+def test_an_error_after_the_save_is_a_save_error(tmp_path):
+    """As when the disk is gone while last_checkpoint is written or older checkpoints are removed."""
     writer = Writer()
     writer.save(checkpoint(), tmp_path / 'a.pth', lambda: replace_text(tmp_path / 'gone/last_checkpoint', 'a'))
     with pytest.raises(SaveError, match=r'gone/.*last_checkpoint.*No such file'):
         writer.wait()
 
 
-def test_newest_is_by_what_the_files_say(tmp_path, caplog):
+def test_newest_is_decided_by_the_content_of_the_files(tmp_path, caplog):
     work = tmp_path / 'work'
     work.mkdir()
     assert newest_checkpoint([work], LOGGER) is None
@@ -60,5 +60,5 @@ def test_newest_is_by_what_the_files_say(tmp_path, caplog):
     assert all(f'iter_{step}.pth' in caplog.text for step in (11, 12))
     for step in (10, 4, 2):
         (moved / f'iter_{step}.pth').unlink()
-    with pytest.raises(CheckpointError, match=r'none of 3 .*iter_500.pth: was saved at iter 2, its name says 500'):
+    with pytest.raises(CheckpointError, match=r'none of 3 .*iter_500.pth: was saved at iter 2, but its name says 500'):
         newest_checkpoint([moved], LOGGER)

@@ -1,4 +1,4 @@
-"""Training runs that are killed, stopped, or whose machine fails, as processes of their own."""
+"""Training processes that are killed or stopped, or whose disk or network fails."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ LONG = '\nmax_iters = 100000\ntrain_cfg = dict(max_iters=max_iters, val_interval
 
 
 class Run:
-    """tools/train.py, or dist_train.sh with several processes, at work in the background; its output is a file."""
+    """Run tools/train.py, or dist_train.sh for several processes, in the background, with its output in a file."""
 
     def __init__(self, config: Path, work: Path, *options: str, processes: int = 1, prefix: tuple = (), **env: str):
         self.work = work
@@ -45,24 +45,24 @@ class Run:
         return self.log.read_text(errors='replace')
 
     def until(self, pattern: str, limit: float = 120) -> None:
-        """Wait until the output has ``pattern``."""
+        """Wait until the output matches ``pattern``."""
         deadline = time.monotonic() + limit
         while True:
-            ended = self.process.poll() is not None  # before looking: its last words count
+            ended = self.process.poll() is not None  # checked first, so that the last output is searched too
             if re.search(pattern, self.output):
                 return
             assert not ended and time.monotonic() < deadline, self.output[-5000:]
             time.sleep(0.02)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send a signal to all processes of the run; torchrun's are groups of their own."""
+        """Send a signal to all processes of the run; torchrun starts each in its own process group."""
         groups = {self.process.pid, *(os.getpgid(child) for child in self.children())}
         for group in groups:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(group, number)
 
     def end(self, limit: float = 120) -> int:
-        """Wait for the end; its status."""
+        """Wait for the end; return the exit status."""
         try:
             return self.process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -70,7 +70,7 @@ class Run:
             raise AssertionError(f'no end within {limit} s: {self.output[-5000:]}') from None
 
     def children(self) -> list[int]:
-        """Its processes' children, the trainers of dist_train.sh among them."""
+        """The child processes: data loader workers, or the ranks of dist_train.sh."""
         out = subprocess.run(['ps', '-eo', 'pid,ppid'], capture_output=True, text=True, check=True).stdout
         pairs = [tuple(map(int, line.split())) for line in out.splitlines()[1:]]
         return [pid for pid, parent in pairs if parent == self.process.pid]
@@ -82,7 +82,7 @@ def newest(work: Path) -> Path:
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_saves_and_ends(tmp_path, number):
-    """As Slurm and Ctrl-C send it: to the loader's workers, too."""
+    """Slurm and Ctrl-C send it to the data loader's workers too."""
     config = write_config(tmp_path, more=LONG)
     run = Run(config, tmp_path / 'run', '--cfg-options', 'train_dataloader.num_workers=2')
     run.until(r'Iter\(train\) \[\s*3/')
@@ -105,7 +105,7 @@ def test_a_killed_worker_is_named(tmp_path):
 
 
 def test_a_killed_process_ends_the_others(tmp_path):
-    """Within a minute, with an error, and what was saved is whole."""
+    """They end within a minute with an error, and the checkpoint is complete."""
     run = Run(write_config(tmp_path, more=LONG), tmp_path / 'run', processes=2)
     run.until(r'Saving checkpoint at 2 iter')
     os.kill(run.children()[-1], signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_others(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
-    """On a file system of 4 MB: the checkpoints that fitted are whole, and after making room training goes on."""
+    """On a file system of 4 MB, saved checkpoints are complete, and training resumes when there is room."""
     disk = tmp_path / 'disk'
     disk.mkdir()
     done = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', disk], capture_output=True, check=False)
@@ -141,8 +141,8 @@ def test_a_full_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_frozen_process_ends_the_others(tmp_path):
-    """One that neither dies nor answers, as when its host or the network is gone."""
+def test_a_frozen_rank_ends_the_others(tmp_path):
+    """It neither dies nor answers, as when its host or network is down."""
     run = Run(write_config(tmp_path, more=LONG), tmp_path / 'run', processes=2)
     run.until(r'Iter\(train\) \[\s*3/')
     frozen = run.children()[-1]
@@ -154,7 +154,8 @@ def test_a_frozen_process_ends_the_others(tmp_path):
     load_from_local(str(newest(tmp_path / 'run')))
 
 
-def killed_again_and_again(tmp_path: Path, kills: int, processes: int, workers: int, iterations: int) -> None:
+def kill_repeatedly(tmp_path: Path, kills: int, processes: int, workers: int, iterations: int) -> None:
+    """Kill and resume a run many times, then compare it with an uninterrupted run."""
     more = f'\nmax_iters = {iterations}\ntrain_cfg = dict(max_iters=max_iters, val_interval=40)\n'
     more += 'default_hooks = dict(checkpoint=dict(interval=1))\n'
     config = write_config(tmp_path, more=more)
@@ -175,7 +176,7 @@ def killed_again_and_again(tmp_path: Path, kills: int, processes: int, workers: 
         run.kill()
         run.process.wait()
         for child in tmp_path.glob('run/iter_*.pth'):
-            load_from_local(str(child))  # never half a file under a checkpoint's name
+            load_from_local(str(child))  # files under a checkpoint's name are always complete
         done += 1
     last = Run(config, tmp_path / 'run', '--resume', *options, processes=processes)
     assert last.end(3600) == 0, last.output[-5000:]
@@ -183,12 +184,13 @@ def killed_again_and_again(tmp_path: Path, kills: int, processes: int, workers: 
     assert differences(tmp_path / 'whole' / name, tmp_path / 'run' / name) == []
     best = [[path.name for path in (tmp_path / part).glob('best_*')] for part in ('whole', 'run')]
     assert best[0] == best[1]
-    print(f'{done} kills, {at_start} of them at a moment of the start; resumed at {steps(tmp_path)}')
+    print(f'{done} kills, {at_start} of them during the start; resumed at {steps(tmp_path)}')
 
 
 def steps(tmp_path: Path) -> list[int]:
+    """The iteration at which each run resumed."""
     logs = sorted(tmp_path.glob('run.*.log'), key=lambda path: int(path.name.split('.')[1]))
-    found = [re.search(r'going on from .*iter_(\d+)\.pth', log.read_text(errors='replace')) for log in logs]
+    found = [re.search(r'continuing from .*iter_(\d+)\.pth', log.read_text(errors='replace')) for log in logs]
     return [int(match[1]) if match else 0 for match in found]
 
 
@@ -197,12 +199,12 @@ def steps(tmp_path: Path) -> list[int]:
     ('kills', 'processes', 'workers', 'iterations'), [(40, 1, 0, 500), (10, 1, 2, 200), (6, 2, 0, 400)]
 )
 def test_kill_9_at_random_moments(tmp_path, kills, processes, workers, iterations):
-    killed_again_and_again(tmp_path, kills, processes, workers, iterations)
+    kill_repeatedly(tmp_path, kills, processes, workers, iterations)
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_resumed_exactly_and_read_as_it_is(tmp_path):
-    """Fully sharded on two processes: its checkpoint goes on sharded or not, and is what test.py reads."""
+def test_a_sharded_run_is_resumed_exactly(tmp_path):
+    """On two ranks: sharded and plain runs resume from its checkpoint, and test.py reads it."""
     config = write_config(tmp_path)
     sharded = ('--cfg-options', 'model_wrapper_cfg.type=VOLOFullyShardedDataParallel')
     whole = Run(config, tmp_path / 'whole', *sharded, 'default_hooks.checkpoint.max_keep_ckpts=-1', processes=2)

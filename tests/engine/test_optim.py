@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: every parameter's rate by its definition, mmengine's options beside it."""
+"""Layer-wise learning-rate decay follows its definition, together with mmengine's options."""
 
 import os
 from collections.abc import Iterator
@@ -26,10 +26,10 @@ def optimiser(model: nn.Module, constructor: str | None = 'VOLOLayerDecayConstru
 
 
 def settings(model: nn.Module, wrapper: OptimWrapper) -> dict[str, tuple[float, float]]:
-    """Name of each parameter in the optimizer to its learning rate and weight decay."""
+    """Map the name of each parameter in the optimizer to its learning rate and weight decay."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [(names[p], (g['lr'], g['weight_decay'])) for g in wrapper.optimizer.param_groups for p in g['params']]
-    assert len(dict(found)) == len(found)  # each in one group only
+    assert len(dict(found)) == len(found)  # each parameter is in one group only
     return dict(found)
 
 
@@ -42,7 +42,7 @@ def full_size(arch: str) -> nn.Module:
 
 
 def forward_order(backbone: VOLO) -> Iterator[list[nn.Parameter]]:
-    """The parameters of each depth, from the image on."""
+    """Yield the parameters of each depth, from the input on."""
     yield list(backbone.patch_embed.parameters())
     outlookers, downsample, *stages = backbone.network
     *outlookers, last = outlookers
@@ -71,7 +71,7 @@ def test_rates_by_definition(arch):
     assert {name: lr for name, (lr, _) in found.items()} == pytest.approx(
         {name: expected[p] for name, p in model.named_parameters()}
     )
-    # At most two groups a depth, with weight decay and without.
+    # At most two groups per depth, with and without weight decay.
     assert len(wrapper.optimizer.param_groups) <= 2 * (len(layers) + 1)
     options = {(g['lr'], g['weight_decay']) for g in wrapper.optimizer.param_groups}
     assert len(options) == len(wrapper.optimizer.param_groups)
@@ -87,7 +87,7 @@ def test_depths_rise_along_the_network():
         assert backbone.get_layer_depth(f'backbone.{name}', 'backbone.') == (19, 20)
     assert backbone.get_layer_depth('backbone.network.2.1.attn.qkv.weight', prefix='backbone.') == (6, 20)
     assert backbone.get_layer_depth('decode_head.patch_embed.weight', prefix='backbone.') == (19, 20)
-    # Stages that are not built do not count.
+    # Stages that are not built are not counted.
     assert VOLO('d1', img_size=64, out_indices=(0, 1)).get_layer_depth('network.2.3.norm1.bias') == (8, 10)
     assert VOLO('d1', img_size=64, out_indices=(0,)).get_layer_depth('network.0.3.norm1.bias') == (4, 6)
 
@@ -103,7 +103,7 @@ def test_depths_rise_along_the_network():
     ],
     ids=str,
 )
-def test_mmengines_options_stay_and_rate_1_is_its_own_constructor(paramwise):
+def test_mmengine_options_apply_and_rate_1_equals_its_constructor(paramwise):
     model = build()
     default = settings(model, optimiser(model, None, **paramwise))
     assert settings(model, optimiser(model, layer_decay_rate=1.0, **paramwise)) == default
@@ -122,10 +122,10 @@ def test_frozen_stages_are_left_out():
     found = settings(model, optimiser(model, layer_decay_rate=0.5))
     assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any(name.startswith(('backbone.patch', 'backbone.pos', 'backbone.network.1')) for name in found)
-    assert found['backbone.network.4.0.norm1.weight'][0] == LR * 0.5  # frozen or not, depths stay
+    assert found['backbone.network.4.0.norm1.weight'][0] == LR * 0.5  # frozen stages do not change depths
 
 
-def test_neck_and_auxiliary_head_have_the_whole_rate():
+def test_neck_and_head_have_the_full_rate():
     neck = dict(type='VOLOPyramid', arch=ARCH['dims'], project=True)
     model = build(neck=neck)
     found = settings(model, optimiser(model, layer_decay_rate=0.5))
@@ -147,7 +147,7 @@ def test_a_data_parallel_model(tmp_path):
         dist.destroy_process_group()
 
 
-def test_it_trains_as_it_says():
+def test_one_step_of_sgd():
     """One SGD step moves each parameter by its own learning rate times its gradient."""
     model = build()
     cfg = dict(
@@ -185,7 +185,7 @@ def test_a_model_without_depths_or_an_optimizer_without_a_rate():
         build_optim_wrapper(build(), cfg)
 
 
-def test_the_switch_on_the_command_line():
+def test_layer_decay_by_command_line_options():
     config = Config.fromfile('configs/volo_d1_ade20k.py')
     config.merge_from_dict(
         {

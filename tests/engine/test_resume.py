@@ -1,4 +1,4 @@
-"""Going on after an interruption: bit for bit the run that was not interrupted."""
+"""A resumed run equals an uninterrupted one, bit for bit."""
 
 import itertools
 import os
@@ -7,15 +7,18 @@ import random
 import re
 import shutil
 import signal
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmseg.datasets import BaseSegDataset
 from mmseg.registry import HOOKS
 from small_runs import differences, small_config
 
 import mmseg_volo.engine.checkpoint_hook
+from mmseg_volo.checkpoints import reading
 from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.cli import run_tool
 from mmseg_volo.engine.guards import NonFiniteGuardHook
@@ -25,12 +28,12 @@ from mmseg_volo.errors import CheckpointError, ProcessLost, SaveError, TrainingD
 
 
 class Cut(Exception):
-    """The end of the power supply."""
+    """Stands for a power cut."""
 
 
 @HOOKS.register_module(force=True)
 class CutHook(Hook):
-    """Ends a run without a word after an iteration, or in the middle of a validation."""
+    """Raise Cut after an iteration, or during a validation."""
 
     priority = 'LOWEST'
 
@@ -48,7 +51,7 @@ class CutHook(Hook):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    """The folder of a run that was not interrupted."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp('whole')
     build_runner(small_config(folder, 'whole')).train()
     return folder
@@ -72,7 +75,7 @@ def cut_and_resume(folder, name, *cuts, workers=0):
         pytest.param([dict(after=1), dict(after=2), dict(after=6)], 0, marks=pytest.mark.slow),
     ],
 )
-def test_resumed_run_is_the_uninterrupted_one(whole, cuts, workers):
+def test_resumed_run_equals_the_uninterrupted_one(whole, cuts, workers):
     name = f'cut{workers}' + ''.join(str(cut['after']) + 'v' * len(cut.keys() - {'after'}) for cut in cuts)
     cut_and_resume(whole, name, *cuts, workers=workers)
     assert differences(whole / 'whole/iter_8.pth', whole / name / 'iter_8.pth') == []
@@ -83,7 +86,7 @@ def test_resumed_run_is_the_uninterrupted_one(whole, cuts, workers):
 
 @pytest.mark.slow
 def test_no_replay(whole, monkeypatch):
-    """Going on after 6 of 8 iterations reads the pictures of two."""
+    """A run resumed after 6 of 8 iterations reads the images of two iterations."""
     folder = whole / 'replay'
     shutil.copytree(whole / 'whole', folder, ignore=shutil.ignore_patterns('iter_8.pth', 'best*'))
     read = []
@@ -93,16 +96,41 @@ def test_no_replay(whole, monkeypatch):
     assert len([index for index in read if isinstance(index, Draw)]) == 4
 
 
-def test_augmentation_is_of_the_place_in_the_stream(tmp_path):
-    """Not of the number of processes, or of what else drew random numbers."""
+def test_resuming_reads_the_checkpoint_and_lists_the_data_once(whole, monkeypatch):
+    shutil.copytree(whole / 'whole', whole / 'once', ignore=shutil.ignore_patterns('iter_6.pth', 'best*'))
+    config = small_config(whole, 'once', resume=True)
+    for split in ('train', 'val'):
+        loader = config[f'{split}_dataloader']
+        folders = dict(img_path=f'leftImg8bit/{split}', seg_map_path=f'gtFine/{split}')
+        files = dict(data_root=loader.dataset.data_root, data_prefix=folders)
+        loader.dataset = dict(type='CityscapesDataset', pipeline=loader.dataset.pipeline, **files)
+    calls = Counter()
 
-    class Pictures(list):
+    def counted(function, *arguments, **options):
+        calls[function.__name__] += 1
+        return function(*arguments, **options)
+
+    def count(owner, name):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, **options: counted(function, *arguments, **options))
+
+    count(reading, '_parse')
+    count(reading, 'seal_holds')
+    count(BaseSegDataset, 'load_data_list')
+    build_runner(config).train()
+    assert calls == dict(_parse=1, seal_holds=1, load_data_list=2)
+
+
+def test_augmentation_depends_on_the_position_in_the_stream():
+    """It depends neither on the number of ranks nor on other uses of random numbers."""
+
+    class Images(list):
         metainfo = dict(classes=('a',))
 
         def __getitem__(self, index):
             return int(index), random.random(), np.random.rand(), torch.rand(1).item()
 
-    data = SeededDataset(Pictures(range(5)))
+    data = SeededDataset(Images(range(5)))
     sampler = ResumableSampler(data, seed=3)
     alone = [data[i] for i in itertools.islice(sampler, 12)]
     shares = []
@@ -119,7 +147,7 @@ def test_augmentation_is_of_the_place_in_the_stream(tmp_path):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_nothing_to_resume_is_said_loudly(tmp_path, caplog):
+def test_a_warning_if_there_is_nothing_to_resume(tmp_path):
     runner = build_runner(small_config(tmp_path, 'none', resume=True))
     runner._find_resume_point()
     assert runner._resume is False
@@ -136,7 +164,7 @@ def test_weights_alone_are_no_resume_point(whole):
 
 @HOOKS.register_module(force=True)
 class PoisonHook(Hook):
-    """Makes pictures that are not finite."""
+    """Replace the images of some iterations by NaN."""
 
     def __init__(self, iterations):
         self.iterations = iterations
@@ -156,20 +184,19 @@ def poisoned(folder, name, iterations, **options):
 def test_steps_that_are_not_finite_are_skipped(whole):
     runner = poisoned(whole, 'poisoned', [3, 6])
     runner.train()
-    same = [name for name in differences(whole / 'poisoned/iter_2.pth', whole / 'poisoned/iter_3.pth')]
-    assert same and not [name for name in same if not re.search('lr|param_schedulers', name)]
+    changed = differences(whole / 'poisoned/iter_2.pth', whole / 'poisoned/iter_3.pth')
+    assert changed and all(re.search('lr|param_schedulers', name) for name in changed)
     assert [
         name for name in differences(whole / 'poisoned/iter_3.pth', whole / 'poisoned/iter_4.pth') if 'weight' in name
     ]
     log = next((whole / 'poisoned').glob('*/*.log')).read_text()
-    assert re.search(r'iteration 6: .*\(loss of this process: nan\), step skipped, 1 in a row, 2 in all; .*scenes', log)
+    assert re.search(r'iteration 6: .*\(loss on this rank: nan\), step skipped, 1 in a row, 2 in all; .*scenes', log)
     last = load_from_local(str(whole / 'poisoned/iter_8.pth'))['state_dict']
     assert all(torch.isfinite(value).all() for value in last.values())
 
 
-def test_training_that_stays_not_finite_ends(whole):
+def test_training_ends_after_too_many_steps_that_are_not_finite(whole):
     runner = poisoned(whole, 'lost', range(3, 9))
-    runner.cfg.custom_hooks[0].max_in_row = 3
     next(hook for hook in runner.hooks if isinstance(hook, NonFiniteGuardHook)).max_in_row = 3
     with pytest.raises(
         TrainingDiverged, match=r'iteration 5: .*3 in a row.*scenes.*Last good checkpoint: .*iter_4.pth'
@@ -178,7 +205,7 @@ def test_training_that_stays_not_finite_ends(whole):
 
 
 def test_a_folder_that_vanishes(whole, monkeypatch):
-    """A mount that is gone: one error, naming the file."""
+    """As when a mount is gone: one error that names the file."""
     config = small_config(whole, 'gone')
     runner = build_runner(config)
     collect = mmseg_volo.engine.checkpoint_hook.collect
@@ -195,7 +222,7 @@ def test_a_folder_that_vanishes(whole, monkeypatch):
 
 @HOOKS.register_module(force=True)
 class SignalHook(Hook):
-    """Sends this process SIGTERM after an iteration, or in a validation."""
+    """Send SIGTERM to this process after an iteration, or during a validation."""
 
     def __init__(self, after: int, in_validation: bool = False):
         self.after, self.in_validation = after, in_validation
@@ -224,7 +251,7 @@ def test_stopped_by_a_signal_and_resumed(whole, after, in_validation):
 
 @pytest.mark.slow
 def test_an_epoch_based_run_is_stopped_and_resumed(tmp_path):
-    """mmengine's own loop and sampler: not exact, but nothing is lost."""
+    """With mmengine's loop and sampler, resuming is not exact, but no progress is lost."""
     options = dict(
         train_dataloader__sampler=dict(_delete_=True, type='DefaultSampler', shuffle=True),
         train_dataloader__drop_last=True,
@@ -243,7 +270,7 @@ def test_an_epoch_based_run_is_stopped_and_resumed(tmp_path):
 
 
 def test_a_work_dir_that_cannot_be_written(tmp_path, capsys):
-    """One line, naming the place."""
+    """The error is one line that names the path."""
     (tmp_path / 'file').write_text('')
     with pytest.raises(SystemExit) as ended:
         run_tool(lambda: build_runner(small_config(tmp_path, 'file/run')).train())
@@ -254,5 +281,5 @@ def test_a_killed_worker_is_explained(whole, monkeypatch):
     runner = build_runner(small_config(whole, 'worker'))
     killed = RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed. ')
     monkeypatch.setattr(ResumableTrainLoop, 'run_iter', lambda self, batch: (_ for _ in ()).throw(killed))
-    with pytest.raises(ProcessLost, match=r'pid 7.*Out of memory.*num_workers.*--resume'):
+    with pytest.raises(ProcessLost, match=r'pid 7.*out of memory.*num_workers.*--resume'):
         runner.train()

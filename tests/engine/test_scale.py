@@ -1,12 +1,12 @@
-"""The same training on one process, on several, and on two hosts gives the same weights.
+"""Training on one rank, on several, and on two hosts gives the same weights.
 
-The total batch is the same, and so are its pictures and their augmentation, which follow their place in the stream of
-all pictures. What depends on how a batch is divided is off: batch statistics, dropout, stochastic depth.
+The total batch, its images and their augmentation are the same. Everything that depends on how a batch is divided is
+off: batch statistics, dropout, stochastic depth.
 
-Tolerance: sums over the batch are taken in another order, so gradients differ by rounding. SGD passes that on as it is:
-1e-6 holds with room (measured: 6e-8, after steps of 0.1). AdamW divides each gradient by its own size, so where there
-is nothing but rounding in it, as in a bias that a norm takes away again, its steps go either way, at worst with the
-whole learning rate of 1e-3: 1e-4 holds (measured: 4e-6), and would not for any model and length.
+Tolerances: sums over the batch are computed in another order, so gradients differ by rounding errors. With SGD the
+weights differ by as little: the limit is 1e-6 (measured: 6e-8, after steps of 0.1). AdamW divides each gradient by its
+magnitude. A gradient that is rounding error alone, as that of a bias before a norm, gets steps of random sign, at worst
+of the full learning rate of 1e-3. The limit of 1e-4 (measured: 4e-6) suits this model and length only.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from mmseg_volo.checkpoints.reading import load_from_local
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason='divides a batch among processes on the CPU'),
+    pytest.mark.skipif(torch.cuda.is_available(), reason='divides a batch among ranks on the CPU'),
 ]
 CONFIG = f"""
 _base_ = '{ROOT}/configs/volo_d1_quickstart.py'
@@ -58,13 +58,11 @@ OPTIMIZERS = dict(
     sgd="dict(_delete_=True, type='SGD', lr=0.1, momentum=0.9, weight_decay=0.01)",
     adamw="dict(type='AdamW', lr=1e-3)",
 )
-
-
 TOLERANCE = dict(sgd=1e-6, adamw=1e-4)
 
 
 class Runs:
-    """The config of each optimizer, and the weights after training in one process with a batch of 4."""
+    """The config for each optimizer, and the weights after training on one rank with a batch of 4."""
 
     def __init__(self, folder: Path):
         self.folder, self.alone = folder, {}
@@ -74,18 +72,18 @@ class Runs:
             tool('train.py', folder / f'{name}.py', *self.arguments(name, 'alone', 4), OMP_NUM_THREADS='1')
             self.alone[name] = self.weights(name, 'alone')
 
-    def arguments(self, name: str, place: str, batch: int) -> list[str]:
+    def arguments(self, name: str, run: str, batch: int) -> list[str]:
         batch_size = f'train_dataloader.batch_size={batch}'
-        return ['--work-dir', str(self.folder / name / place), '--cfg-options', batch_size]
+        return ['--work-dir', str(self.folder / name / run), '--cfg-options', batch_size]
 
-    def weights(self, name: str, place: str) -> dict[str, torch.Tensor]:
-        return load_from_local(str(self.folder / name / place / 'iter_6.pth'))['state_dict']
+    def weights(self, name: str, run: str) -> dict[str, torch.Tensor]:
+        return load_from_local(str(self.folder / name / run / 'iter_6.pth'))['state_dict']
 
-    def check(self, name: str, place: str) -> None:
-        found, alone = self.weights(name, place), self.alone[name]
+    def check(self, name: str, run: str) -> None:
+        found, alone = self.weights(name, run), self.alone[name]
         assert found.keys() == alone.keys()
-        off = {key: (found[key].double() - alone[key].double()).abs().max().item() for key in alone}
-        assert max(off.values()) < TOLERANCE[name], {key: value for key, value in off.items() if value > 1e-7}
+        errors = {key: (found[key].double() - alone[key].double()).abs().max().item() for key in alone}
+        assert max(errors.values()) < TOLERANCE[name], {key: value for key, value in errors.items() if value > 1e-7}
 
 
 @pytest.fixture(scope='module')
@@ -94,7 +92,7 @@ def runs(tmp_path_factory) -> Runs:
 
 
 def test_the_runs_are_long_enough_to_differ(runs):
-    """From the same start two optimizers end far apart, against the tolerances."""
+    """The two optimizers end much farther apart than the tolerances."""
     one, other = (runs.alone[name] for name in OPTIMIZERS)
     apart = [(one[key] - other[key]).abs().max().item() for key in one if key.endswith('weight')]
     assert min(apart) > 1e-3
@@ -117,7 +115,7 @@ def test_two_hosts_of_two_processes(runs, name):
 
 
 def test_two_hosts_end_together():
-    """When one fails the other is stopped, and no namespace stays."""
+    """When one host fails the other is stopped, and no network namespace remains."""
     tried = run('bash', '-c', 'tests/two_hosts.sh true || echo status $?')
     if 'status 77' in tried:
         pytest.skip(f'needs root and iproute2: {tried}')

@@ -1,6 +1,6 @@
-"""Fully sharded training: two processes over gloo, against plain data parallelism and the other way round.
+"""Compare fully sharded training with plain data parallelism, on two ranks over gloo.
 
-One pair of processes runs all that needs two; the tests look at what it wrote.
+The fixture starts two ranks once. They run all cases that need two ranks; the tests check the files that they write.
 """
 
 import os
@@ -24,19 +24,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from mmseg_volo import VOLOFullyShardedDataParallel
-from mmseg_volo.engine.sharding import full_state, load_full_state, whole_parameters
+from mmseg_volo.engine.sharding import full_state, shard_optimizer_state, whole_parameters
 from mmseg_volo.errors import ConfigError
 
 SHARDED, PLAIN = VOLOFullyShardedDataParallel, MMDistributedDataParallel
-ADAMW = dict(type='AdamW', lr=1e-3, weight_decay=0.05, fused=True)  # as in configs
+# Fused as in the configs. The large eps keeps AdamW from amplifying gradients that are rounding error alone, such as
+# that of a bias before a batch norm: they differ from run to run.
+ADAMW = dict(type='AdamW', lr=1e-3, eps=1e-3, weight_decay=0.05, fused=True)
 SGD = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.01)
 PARAMWISE = dict(norm_decay_mult=0.0, custom_keys={'pos_embed': dict(decay_mult=0.0)})
 STEPS = 4
 BACKBONE = dict(type='VOLO', arch=ARCH, img_size=64, norm_cfg=BN)
 VARIANTS = dict(
     simple={},
-    # The norm is summed in another order. AdamW would blow its rounding up where a gradient is nothing but rounding, as
-    # that of a bias in front of a batch norm.
+    # The gradient norm is summed in another order; SGD does not amplify that difference.
     clip=dict(optim=dict(clip_grad=dict(max_norm=0.1), optimizer=SGD)),
     accumulated=dict(optim=dict(accumulative_counts=2)),
     checkpointed=dict(backbone=dict(with_cp=True, **BACKBONE)),
@@ -52,7 +53,7 @@ def build(**model) -> nn.Module:
 
 
 def samples(step: int, rank: int, size: tuple[int, int] = (64, 64)) -> dict:
-    """Two labelled pictures, others for each step and each process."""
+    """Two labelled images, different for each step and rank."""
     seeds = [10 * step + 2 * rank, 10 * step + 2 * rank + 1]
     data = batch(*(picture(*size, seed=seed) for seed in seeds))
     for seed, sample in zip(seeds, data['data_samples'], strict=True):
@@ -65,10 +66,17 @@ def optimiser(model: nn.Module, **options) -> OptimWrapper:
     return build_optim_wrapper(model, {**dict(optimizer=ADAMW, paramwise_cfg=PARAMWISE), **options})
 
 
+def load_full_state(model: nn.Module, optimizer: OptimWrapper, state: dict, optimizer_state: dict) -> None:
+    """Load what :func:`full_state` returned, as :class:`VOLORunner` does; all ranks call it together."""
+    with whole_parameters(model):
+        (model.module if is_model_wrapper(model) else model).load_state_dict(state)
+    optimizer.load_state_dict(shard_optimizer_state(optimizer, optimizer_state))
+
+
 def trained(
     wrap: type, steps: range = range(STEPS), start: tuple[dict, dict] | None = None, optim=None, **model
 ) -> dict:
-    """Train; losses of this process, the model's and the optimizer's state (whole, in the first process)."""
+    """Train; return the losses of this rank, and the full state of model and optimizer on rank 0."""
     wrapped = wrap(module=build(**model))
     wrapper = optimiser(wrapped, **(optim or {}))
     wrapper.initialize_count_status(wrapped, steps.start, STEPS)
@@ -77,14 +85,14 @@ def trained(
     wrapped.train()
     losses = []
     for step in steps:
-        torch.manual_seed(step)  # dropout's
+        torch.manual_seed(step)  # for dropout
         losses.append(float(wrapped.train_step(samples(step, dist.get_rank()), wrapper)['loss']))
     state, optimizer = full_state(wrapped, wrapper)
     return dict(losses=losses, state=state, optimizer=optimizer, wrapped=wrapped, wrapper=wrapper)
 
 
-def shared_out(run: dict) -> dict:
-    """How many numbers this process holds, and of how many."""
+def shard_sizes(run: dict) -> dict:
+    """Number of elements that this rank holds, and that there are in all."""
     model, optimizer = run['wrapped'].module, run['wrapper'].optimizer
     parameters = list(model.parameters())
     assert all(isinstance(p, DTensor) for p in parameters)
@@ -100,7 +108,7 @@ def shared_out(run: dict) -> dict:
 
 
 def predictions(rank: int) -> dict:
-    """Sliding windows over a large picture in one process and a small one in the other, between training steps."""
+    """Predict with sliding windows between training steps: a large image on one rank, a small one on the other."""
     sizes = [(96, 160), (64, 96)][rank]
     plain = build(test_cfg=SLIDE)
     expected = plain.val_step(batch(picture(*sizes)))[0].pred_sem_seg.data
@@ -114,13 +122,13 @@ def predictions(rank: int) -> dict:
     wrapped.train_step(samples(0, rank), wrapper)
     state, _ = full_state(wrapped)
     wrapped.eval()
-    if rank:  # the other process goes on without it
+    if rank:  # rank 0 predicts more images than rank 1
         after = wrapped.val_step(batch(picture(*sizes)))[0].pred_sem_seg.data
     else:
         after = [wrapped.val_step(batch(picture(*sizes, seed=s)))[0].pred_sem_seg.data for s in (1, 2, 0)][-1]
     everywhere = [state]
     dist.broadcast_object_list(everywhere)
-    plain.load_state_dict(everywhere[0])  # with the first process's running statistics, too
+    plain.load_state_dict(everywhere[0])  # includes the running statistics of rank 0
     moved = plain.val_step(batch(picture(*sizes)))[0].pred_sem_seg.data
     wrapped.train()
     loss = float(wrapped.train_step(samples(1, rank), wrapper)['loss'])
@@ -129,7 +137,7 @@ def predictions(rank: int) -> dict:
 
 
 def initialised(folder: Path, rank: int) -> dict:
-    """Start values drawn and loaded after sharding, as mmengine's Runner does it."""
+    """Initialise and load weights after sharding, as mmengine's Runner does."""
     torch.save(build(seed=3).backbone.state_dict(), folder / f'pretrained{rank}.pth')
     results = {}
     for name in ('random', 'pretrained'):
@@ -137,7 +145,7 @@ def initialised(folder: Path, rank: int) -> dict:
         if name == 'pretrained':
             backbone['init_cfg'] = dict(type='Pretrained', checkpoint=str(folder / f'pretrained{rank}.pth'))
         wrapped, plain = SHARDED(build(backbone=backbone)), build(backbone=backbone)
-        # Processes that draw differently still start alike.
+        # Ranks with different seeds still start from the same weights.
         torch.manual_seed(5 + rank)
         with whole_parameters(wrapped):
             assert not any(isinstance(p, DTensor) for p in wrapped.parameters())
@@ -155,7 +163,7 @@ def initialised(folder: Path, rank: int) -> dict:
 
 
 def overflow(rank: int) -> dict:
-    """Loss scaling: a gradient that one process alone sees overflow stops the step everywhere."""
+    """With loss scaling, an overflow on one rank skips the step on all ranks."""
     wrapped = SHARDED(build())
     wrapper = optimiser(wrapped, optimizer=SGD)
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
@@ -175,7 +183,7 @@ def overflow(rank: int) -> dict:
 
 
 def work(rank: int, folder: Path, port: int) -> None:
-    """What one of the two processes does."""
+    """Run all cases on one rank and save the results."""
     torch.set_num_threads(1)
     init_default_scope('mmseg')
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo')
@@ -185,12 +193,12 @@ def work(rank: int, folder: Path, port: int) -> None:
         for kind in (PLAIN, SHARDED):
             results[name, kind.__name__] = run = trained(kind, **options)
             if name == 'simple' and kind is SHARDED:
-                results['share'] = shared_out(run)
+                results['shards'] = shard_sizes(run)
     results['kept'] = trained(partial(SHARDED, reshard_after_forward=False))
     for first, second in ((PLAIN, SHARDED), (SHARDED, PLAIN), (SHARDED, SHARDED)):
         half = trained(first, range(STEPS // 2))
         start = [(half['state'], half['optimizer'])]
-        dist.broadcast_object_list(start)  # as every process reads the file
+        dist.broadcast_object_list(start)  # as if every rank read the file
         results[first.__name__, 'then', second.__name__] = trained(second, range(STEPS // 2, STEPS), start[0], seed=1)
     results['predictions'] = predictions(rank)
     results['overflow'] = overflow(rank)
@@ -211,7 +219,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory) -> list[dict]:
-    """What each of the two processes found."""
+    """The results of the two ranks."""
     folder = tmp_path_factory.mktemp('sharding')
     torch.multiprocessing.spawn(work, (folder, free_port()), nprocs=2)
     return [torch.load(folder / f'rank{rank}.pth', weights_only=False) for rank in (0, 1)]
@@ -224,7 +232,7 @@ def assert_same(found: dict, expected: dict, **tolerance) -> None:
 
 
 def assert_same_run(found: list[dict], expected: list[dict], steps: slice = slice(None)) -> None:
-    """Gradients are summed in the same order for two processes: the same bits, up to the norm that clips them."""
+    """Two ranks sum gradients in the same order, so runs agree; only the norm for clipping is summed differently."""
     for one, other in zip(found, expected, strict=True):
         assert one['losses'] == pytest.approx(other['losses'][steps], rel=1e-5) and one['losses']
     assert_same(found[0]['state'], expected[0]['state'], rtol=1e-5, atol=1e-6)
@@ -234,7 +242,7 @@ def assert_same_run(found: list[dict], expected: list[dict], steps: slice = slic
     assert states.keys() == others.keys() and len(others) > 10
     for number, other in others.items():
         assert_same(states[number], other, rtol=1e-4, atol=1e-6)
-    assert found[1]['state'] == found[1]['optimizer'] == {}  # one process holds the whole
+    assert found[1]['state'] == found[1]['optimizer'] == {}  # only rank 0 gets the full state
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -243,50 +251,50 @@ def test_trains_as_plain_data_parallelism(runs, name):
     assert len(plain[0]['losses']) == STEPS and plain[0]['losses'] != plain[1]['losses']
     assert_same_run(sharded, plain)
     simple = runs[0]['simple', PLAIN.__name__]['state']['decode_head.conv_seg.weight']
-    if name not in ('simple', 'checkpointed'):  # the option did something
+    if name not in ('simple', 'checkpointed'):  # the option has an effect
         assert not torch.equal(plain[0]['state']['decode_head.conv_seg.weight'], simple)
 
 
-def test_blocks_kept_whole_between_forward_and_backward(runs):
+def test_without_reshard_after_forward(runs):
     assert_same_run([run['kept'] for run in runs], [run['simple', PLAIN.__name__] for run in runs])
 
 
-def test_each_process_holds_its_share(runs):
-    one, other = (run['share'] for run in runs)
+def test_each_rank_holds_about_half(runs):
+    one, other = (run['shards'] for run in runs)
     assert one['parameters'] + other['parameters'] == one['states'] + other['states'] == one['all'] == other['all']
-    # Odd first dimensions and pos_embed, which has one row, fall to the first process.
+    # Rank 0 gets the odd row of uneven tensors, and all of pos_embed, which has one row.
     assert 0.4 < other['states'] / one['all'] <= one['states'] / one['all'] < 0.6
     assert one['units'] == 4 + 1
 
 
 @pytest.mark.parametrize(('first', 'second'), [(PLAIN, SHARDED), (SHARDED, PLAIN), (SHARDED, SHARDED)])
-def test_one_kind_of_run_goes_on_from_the_other(runs, first, second):
+def test_sharded_and_plain_runs_resume_each_other(runs, first, second):
     rest = [run[first.__name__, 'then', second.__name__] for run in runs]
     assert_same_run(rest, [run['simple', PLAIN.__name__] for run in runs], slice(STEPS // 2, None))
 
 
-def test_processes_predict_different_numbers_of_windows(runs):
+def test_ranks_predict_different_numbers_of_windows(runs):
     for found in (one['predictions'] for one in runs):
         assert found['equal'] == (True, True)
         assert found['whole'] and found['again'] and found['loss'] > 0
 
 
-def test_start_values_are_the_first_processs(runs):
+def test_initial_weights_are_those_of_rank_0(runs):
     for name in ('random', 'pretrained', 'stopped'):
         found = runs[0]['initialised'][name]
         assert_same(found['state'], found['plain'], rtol=0, atol=0)
     assert runs[0]['initialised']['random']['sharded'] and runs[0]['initialised']['pretrained']['sharded']
-    # The other process drew something else, which was not taken.
+    # Rank 1 drew other weights, which were not used.
     other = runs[1]['initialised']['random']['plain']['backbone.pos_embed']
     assert not torch.equal(other, runs[0]['initialised']['random']['plain']['backbone.pos_embed'])
 
 
-def test_overflow_anywhere_stops_the_step_everywhere(runs):
+def test_overflow_on_one_rank_skips_the_step_on_all(runs):
     assert [one['overflow']['scale'] for one in runs] == [2.0, 2.0]
     assert len(runs[0]['overflow']['good']) > 10 and not runs[0]['overflow']['bad']
 
 
-def test_the_same_functions_on_a_model_of_one_process():
+def test_the_state_functions_on_an_unsharded_model():
     model = build()
     wrapper = optimiser(model)
     model.train().train_step(samples(0, 0), wrapper)
@@ -297,11 +305,11 @@ def test_the_same_functions_on_a_model_of_one_process():
     load_full_state(other, restored, state, optimizer)
     assert_same(other.state_dict(), state, rtol=0, atol=0)
     assert restored.state_dict()['state'].keys() == optimizer['state'].keys()
-    with pytest.raises(ValueError, match=r'the optimizer has 1 parameters, its saved state is of \d+'):
-        load_full_state(other, torch.optim.AdamW([nn.Parameter(torch.ones(1))]), state, optimizer)
+    with pytest.raises(ValueError, match=r'the optimizer has 1 parameters, the saved state has \d+'):
+        shard_optimizer_state(torch.optim.AdamW([nn.Parameter(torch.ones(1))]), optimizer)
 
 
-def test_what_cannot_be_sharded(monkeypatch):
+def test_models_that_cannot_be_sharded(monkeypatch):
     with pytest.raises(ConfigError, match='sharding needs a VOLO as backbone, and Linear has none'):
         SHARDED(nn.Linear(2, 2))
     monkeypatch.delattr(FSDPModule, 'set_reshard_after_forward', raising=False)
@@ -309,14 +317,14 @@ def test_what_cannot_be_sharded(monkeypatch):
         SHARDED(build())
 
 
-def test_it_is_a_model_wrapper_to_mmengine():
+def test_mmengine_knows_it_as_a_model_wrapper():
     assert MODEL_WRAPPERS.get('VOLOFullyShardedDataParallel') is SHARDED
     assert is_model_wrapper(SHARDED.__new__(SHARDED))
 
 
 @pytest.mark.slow
-def test_the_switch_on_the_command_line(tmp_path):
-    """Bits for bits the checkpoint of a run without it, from which the other kind goes on, and which test.py reads."""
+def test_sharding_by_command_line_option(tmp_path):
+    """A sharded run writes the same bits as a plain run; either resumes the other's file; test.py reads it."""
     off = ['model.backbone.drop_path_rate=0', 'model.decode_head.dropout_ratio=0', 'train_cfg.val_interval=5']
     switch = 'model_wrapper_cfg.type=VOLOFullyShardedDataParallel'
     config = write_config(tmp_path)
@@ -327,7 +335,7 @@ def test_the_switch_on_the_command_line(tmp_path):
         run('bash', 'tools/dist_train.sh', config, '2', *more, PORT=str(free_port()), OMP_NUM_THREADS='1')
         return tmp_path / name / 'iter_8.pth'
 
-    # Without clipping: the norm of all gradients is summed in another order.
+    # No clipping: its gradient norm is summed in another order.
     off.append('optim_wrapper.clip_grad=None')
     plain, sharded = train('plain'), train('sharded', switch)
     assert not differences(sharded, plain)

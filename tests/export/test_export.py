@@ -1,4 +1,4 @@
-"""Exported files against PyTorch: by what the command checks itself, by onnxruntime, and by breaking them."""
+"""Exported files against PyTorch and onnxruntime, broken files, and refused requests."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ needs_torch = pytest.mark.skipif(
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    """(config, checkpoint) of a small model with random weights, whose predictions have several classes."""
+    """Return (config, checkpoint) of a small model with random weights whose predictions have several classes."""
     folder = tmp_path_factory.mktemp('export')
     config = Config.fromfile(write_config(folder))
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def dynamic(small, tmp_path_factory):
-    """The small model as an ONNX file of any size that gives classes and takes pictures."""
+    """Export the small model to an ONNX file for every size, from uint8 images to class ids."""
     path = str(tmp_path_factory.mktemp('dynamic') / 'small.onnx')
     export_model(*small, path, dynamic=True, output='classes', preprocess=True)
     return path
@@ -55,19 +55,19 @@ def dynamic(small, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def fixed(small, tmp_path_factory):
-    """The small model as an ONNX file of 64 x 96 pixels that gives logits."""
+    """Export the small model to an ONNX file for 64 x 96 pixels that gives logits."""
     path = str(tmp_path_factory.mktemp('fixed') / 'small.onnx')
     export_model(*small, path, size=(64, 96))
     return path
 
 
-def picture(height, width, seed=0):
+def smooth_image(height, width, seed=0):
     rng = np.random.default_rng(seed)
     return cv2.resize(rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), np.uint8), (width, height))
 
 
 @pytest.mark.parametrize('size', [1, 5, 7, 22, 33, 64])
-def test_matrices_pool_and_resize_as_pytorch(size):
+def test_matrices_pool_and_resize_like_pytorch(size):
     line = torch.randn(1, 2, size)
     for out in (1, 2, 3, 6):
         torch.testing.assert_close(line @ network._pool(size, out).T, F.adaptive_avg_pool1d(line, out))
@@ -83,10 +83,10 @@ def test_dynamic_file_takes_any_size_and_batch(small, dynamic):
     assert shapes['image'] == ['batch', 'height', 'width', 3] and shapes['classes'] == ['batch', 'height', 'width']
     predictor = Predictor(*small, 'cpu')
     for batch, height, width in ((1, 32, 32), (3, 64, 160), (2, 176, 48)):
-        pictures = np.stack([picture(height, width, seed) for seed in range(batch)])
-        classes = session.run(['classes'], {'image': pictures})[0]
+        images = np.stack([smooth_image(height, width, seed) for seed in range(batch)])
+        classes = session.run(['classes'], {'image': images})[0]
         assert classes.dtype == np.int32 and classes.shape == (batch, height, width)
-        expected = np.stack([predictor.model.test_step(_data(p))[0].pred_sem_seg.data[0].numpy() for p in pictures])
+        expected = np.stack([predictor.model.test_step(_data(i))[0].pred_sem_seg.data[0].numpy() for i in images])
         assert len(np.unique(expected)) > 3 and (classes == expected).mean() > 0.999
 
 
@@ -100,18 +100,18 @@ def _data(image):
 @needs_torch
 @pytest.mark.parametrize('aug_test', [False, True])
 @pytest.mark.parametrize('mode', ['whole', 'slide'])
-def test_predictor_takes_the_file_for_the_checkpoint(small, dynamic, mode, aug_test):
+def test_predictor_accepts_the_file_as_checkpoint(small, dynamic, mode, aug_test):
     config, checkpoint = small
     if mode == 'slide':
         config = Config(config.to_dict())
         config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
     ours, files = (Predictor(config, path, 'cpu', aug_test, confidence=True) for path in (checkpoint, dynamic))
     assert files.classes == ours.classes and files.palette == ours.palette
-    for height, width in ((64, 128), (77, 201), (150, 33)):  # as the pipeline resizes them
-        image = picture(height, width)
+    for height, width in ((64, 128), (77, 201), (150, 33)):  # the pipeline resizes them
+        image = smooth_image(height, width)
         expected, found = (p.predict(p.prepare(image)) for p in (ours, files))
         assert len(np.unique(expected.classes)) > 2
-        # The pictures are rounded to 8 bits for the file, and padding with zeros stands for the mean colour there.
+        # The file gets images rounded to 8 bits, and the padding of zeros is the mean colour there.
         assert (found.classes == expected.classes).mean() > 0.99
         assert np.abs(found.confidence - expected.confidence).mean() < 0.01
 
@@ -123,10 +123,10 @@ def test_file_of_one_size_predicts_in_windows_of_it(small, fixed):
     windows.model.test_cfg = dict(mode='slide', crop_size=(64, 96), stride=(43, 64))
     ours, files = Predictor(windows, checkpoint, 'cpu'), Predictor(config, fixed, 'cpu')
     for height, width in ((64, 128), (64, 96), (200, 200)):
-        image = picture(height, width)
+        image = smooth_image(height, width)
         assert (files(image) == ours(image)).mean() > 0.999
-    assert files(picture(32, 300)).shape == (32, 300)  # a view that is lower than the window
-    with pytest.raises(ConfigError, match='settled when the ONNX file was exported'):
+    assert files(smooth_image(32, 300)).shape == (32, 300)  # lower than the window
+    with pytest.raises(ConfigError, match='fixed when the ONNX file was exported'):
         files.with_options(precision='bf16')
 
 
@@ -161,7 +161,7 @@ def test_pt2_runs_without_this_package(small, tmp_path):
 
 
 @needs_torch
-def test_file_says_what_it_is_made_of(small, fixed, dynamic):
+def test_operators_opset_and_metadata_of_the_file(small, fixed, dynamic):
     for path in (fixed, dynamic):
         operators = checks.check_onnx(Path(path))
         assert set(operators) <= tensorrt.OPERATORS and not {'Col2Im', 'ScatterND', 'Unfold'} & set(operators)
@@ -171,7 +171,7 @@ def test_file_says_what_it_is_made_of(small, fixed, dynamic):
         assert about['classes'][0] == 'road' and len(about['palette']) == len(about['classes'])
 
 
-def test_operators_that_tensorrt_refuses_are_named(tmp_path):
+def test_operators_that_tensorrt_does_not_support_are_named(tmp_path):
     def refused(*nodes, version=17, **shapes):
         inputs = [onnx.helper.make_tensor_value_info('x', onnx.TensorProto.FLOAT, [1, 1, 4, 4])]
         outputs = [onnx.helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, [None] * 4)]
@@ -186,20 +186,20 @@ def test_operators_that_tensorrt_refuses_are_named(tmp_path):
 
     make = onnx.helper.make_node
     assert 'Resize in mode cubic' in refused(make('Resize', ['x', '', '', 's'], ['y'], mode='cubic'))
-    assert 'Selu is not in its table' in refused(make('Selu', ['x'], ['y']))
+    assert 'Selu is not supported' in refused(make('Selu', ['x'], ['y']))
     assert 'operator sets' in refused(make('Relu', ['x'], ['y']), version=16)
     assert 'onnx.checker refuses' in refused(make('Relu', ['x'], ['y'], axis=3))
 
 
 @needs_torch
-def test_file_that_does_something_else_is_not_kept(small, fixed, tmp_path, monkeypatch):
-    def spoil(program, net, about, path):
+def test_file_with_other_results_is_removed(small, fixed, tmp_path, monkeypatch):
+    def write_wrong_bias(program, net, about, path):
         model = onnx.load(fixed)
         bias = next(i for i in model.graph.initializer if i.name.endswith('conv_seg.bias'))
         bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 0.01, bias.name))
         onnx.save(model, str(path))
 
-    monkeypatch.setattr(exporting, 'write_onnx', spoil)
+    monkeypatch.setattr(exporting, 'write_onnx', write_wrong_bias)
     with pytest.raises(ExportError, match=r'give different results .*logits differ by 1\.0e-02'):
         export_model(*small, str(tmp_path / 'out/small.onnx'), size=(64, 96))
     assert not list((tmp_path / 'out').iterdir())
@@ -214,12 +214,12 @@ def command(monkeypatch, *arguments):
 
 
 @needs_torch
-def test_bad_requests_are_named(small, tmp_path, monkeypatch):
+def test_bad_requests_are_refused(small, tmp_path, monkeypatch):
     config, checkpoint = small
     path = tmp_path / 'config.py'
     config.dump(path)
     run = lambda *more: command(monkeypatch, path, *more)  # noqa: E731
-    with pytest.raises(ConfigError, match=r'a file of the format pt2 ends with \.pt2'):
+    with pytest.raises(ConfigError, match=r'the name of a pt2 file must end with \.pt2'):
         run(checkpoint, '--format', 'pt2', '--out', tmp_path / 'x.onnx')
     with pytest.raises(ConfigError, match='VOLO needs 32 x 32'):
         run(checkpoint, '--out', tmp_path / 'x.onnx', '--size', 16, 64)
@@ -238,9 +238,9 @@ def test_bad_requests_are_named(small, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['config.py', 'other.pth', 'sealed']
 
 
-def test_bad_files_are_named(small, tmp_path):
+def test_bad_files_are_refused(small, tmp_path):
     (tmp_path / 'empty.onnx').touch()
-    with pytest.raises(CheckpointError, match='no ONNX file, or broken'):
+    with pytest.raises(CheckpointError, match='broken or not an ONNX file'):
         Predictor(small[0], str(tmp_path / 'empty.onnx'), 'cpu')
     with pytest.raises(FileNotFoundError, match='does not exist'):
         Predictor(small[0], str(tmp_path / 'none.onnx'), 'cpu')

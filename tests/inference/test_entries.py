@@ -1,4 +1,4 @@
-"""Every entry takes what it can, and says in one sentence what is wrong with checkpoints, devices and pictures."""
+"""Every way to load a model: checkpoints, devices and images that it accepts, and one clear error for the others."""
 
 import copy
 import pickle
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(classes: int = 19, aux: bool = False, **model) -> Config:
-    """A small model on Cityscapes' classes, or with ``classes=11`` on CamVid's."""
+    """Return the config of a small model with the classes of Cityscapes, or with ``classes=11`` those of CamVid."""
     out = Config.fromfile(ROOT / 'configs/volo_d1_quickstart.py')
     if classes == 11:
         out.test_dataloader.dataset.type = 'CamVidDataset'
@@ -60,8 +60,8 @@ def config(classes: int = 19, aux: bool = False, **model) -> Config:
 
 
 def saved(path: Path, classes: int = 19, aux: bool = False, names: tuple | None = None, **model) -> str:
-    """A checkpoint of :func:`config`'s model, with mmengine's keys."""
-    init_default_scope('mmseg')  # for fixtures of a module, which come before those of tests
+    """Write a checkpoint of the model of :func:`config`, with mmengine's keys."""
+    init_default_scope('mmseg')  # module fixtures run before the fixture that sets it
     cfg = config(classes, aux, **model)
     state = MODELS.build(cfg.model).state_dict()
     meta = dict(dataset_meta=dataset_meta(cfg))
@@ -73,7 +73,7 @@ def saved(path: Path, classes: int = 19, aux: bool = False, names: tuple | None 
 
 @pytest.fixture
 def log(caplog):
-    """A function that gives the lines which mmengine's logger has written so far."""
+    """Return a function that returns the lines that mmengine's logger has written so far."""
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
     yield lambda: [record.getMessage() for record in caplog.records]
@@ -86,7 +86,7 @@ ENTRIES = {
     'init_model': lambda cfg, path: init_model(cfg, path, 'cpu'),
     'MMSegInferencer': lambda cfg, path: MMSegInferencer(cfg, path, device='cpu', show_progress=False).model,
     'Predictor': lambda cfg, path: Predictor(cfg, path, 'cpu').model,
-    'Predictor with views': lambda cfg, path: Predictor(cfg, path, 'cpu', aug_test=True).model.module,
+    'Predictor with TTA': lambda cfg, path: Predictor(cfg, path, 'cpu', aug_test=True).model.module,
 }
 
 
@@ -123,7 +123,7 @@ def test_missing_and_unexpected_weights_are_counted(tmp_path):
 
 @pytest.mark.parametrize('entry', ENTRIES)
 @pytest.mark.parametrize('in_file', [True, False])
-def test_the_auxiliary_head_does_not_matter(entry, in_file, tmp_path):
+def test_checkpoint_and_config_may_differ_in_the_auxiliary_head(entry, in_file, tmp_path):
     path = saved(tmp_path / 'x.pth', aux=in_file)
     model = ENTRIES[entry](config(aux=not in_file), path)
     assert torch.equal(
@@ -143,7 +143,7 @@ def test_other_image_sizes_and_parallel_wrappers_still_load(tmp_path):
     assert torch.equal(init_model(config(), path, 'cpu').backbone.pos_embed, state['backbone.pos_embed'])
 
 
-def test_models_of_other_types_are_checked_by_our_own_entries(tmp_path):
+def test_our_own_entries_check_models_of_any_type(tmp_path):
     path = saved(tmp_path / 'camvid.pth', classes=11)
     for load in (init_model, Predictor):
         with pytest.raises(CheckpointError, match='2 of other shape'):
@@ -151,7 +151,7 @@ def test_models_of_other_types_are_checked_by_our_own_entries(tmp_path):
     Predictor(config(type='EncoderDecoder'), path, 'cpu', allow_mismatch=True)
 
 
-def test_what_is_not_from_a_file_is_its_callers_affair(tmp_path):
+def test_only_weights_from_files_are_checked(tmp_path):
     model = MODELS.build(config().model)
     with pytest.raises(RuntimeError, match='Missing key'):
         model.load_state_dict({})
@@ -161,7 +161,7 @@ def test_what_is_not_from_a_file_is_its_callers_affair(tmp_path):
         load_checkpoint(model, str(tmp_path / 'x.safetensors'))
 
 
-def test_fine_tuning_takes_what_fits_and_logs_the_rest(tmp_path, log):
+def test_fine_tuning_loads_what_fits_and_logs_the_rest(tmp_path, log):
     path = saved(tmp_path / 'camvid.pth', classes=11, aux=True)
     model, content = MODELS.build(config().model), load_from_local(path)
     check_checkpoint(model, content, 'train')
@@ -216,7 +216,7 @@ def test_a_frozen_segmentor_is_checked_too(tmp_path):
 def test_resuming_needs_every_weight(tmp_path):
     content = load_from_local(saved(tmp_path / 'x.pth'))
     model = MODELS.build(config(aux=True, test_cfg=dict(mode='whole', allow_mismatch=True)).model)
-    with pytest.raises(CheckpointError, match=r'missing: auxiliary_head.*load_from=FILE in place of --resume'):
+    with pytest.raises(CheckpointError, match=r'missing: auxiliary_head.*load_from=FILE instead of --resume'):
         check_checkpoint(model, content, 'resume')
 
 
@@ -238,7 +238,7 @@ def test_class_names_are_compared(tmp_path):
     check_checkpoint(model, content, 'infer', [name.upper() for name in other])
 
 
-def test_the_hook_of_tests_compares_names_and_models_of_any_type(tmp_path):
+def test_the_hook_for_tests_checks_class_names_and_models_of_any_type(tmp_path):
     hook = HOOKS.build(dict(type='MatchingCheckpointHook'))
     names = dataset_meta(config())['classes']
     dataset = SimpleNamespace(metainfo=dict(classes=names))
@@ -256,10 +256,10 @@ def test_the_hook_of_tests_compares_names_and_models_of_any_type(tmp_path):
     hook.after_load_checkpoint(runner, content)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='tests machines without a GPU')
 def test_without_a_gpu(tmp_path):
     path = saved(tmp_path / 'x.pth')
-    message = "device cuda.*: there is no GPU that PyTorch can use; pass device='cpu'"
+    message = "device cuda.*: PyTorch finds no GPU; pass device='cpu'"
     for load in (
         partial(mmseg_init_model, config(), path),  # its default is cuda:0
         partial(init_model, config(), path, 'cuda:1'),
@@ -331,7 +331,7 @@ def test_classes_come_from_the_config_or_are_numbered():
     assert dataset_meta(cfg) == {} and len(init_model(cfg).dataset_meta['classes']) == 11
 
 
-def test_our_init_model_leaves_the_config_alone(tmp_path):
+def test_our_init_model_does_not_change_the_config(tmp_path):
     cfg = config()
     before = copy.deepcopy(cfg.to_dict())
     model = init_model(cfg, saved(tmp_path / 'x.pth'), cfg_options=dict(model=dict(test_cfg=dict(confidence=True))))
@@ -342,7 +342,7 @@ def test_our_init_model_leaves_the_config_alone(tmp_path):
 
 @pytest.fixture
 def evil(tmp_path):
-    """Files that would make a folder when read the old way, by name, and a check that none was made."""
+    """Write files that make a folder when an unsafe reader opens them; check afterwards that there is no folder."""
     trace = tmp_path / 'code-ran'
     content = {'state_dict': {}, 'meta': Evil(trace)}
     torch.save(content, tmp_path / 'zip.pth')
@@ -421,7 +421,7 @@ def test_every_scheme_reads_safely(evil, tmp_path, monkeypatch):
         state = CheckpointLoader.load_checkpoint(form.format('good'))['state_dict']
         assert list(state) == (['w'] if form.startswith('mmcls') else ['backbone.w', 'head.w'])
         if 'url' not in form:
-            with pytest.raises(CheckpointError, match=rf'{form.format("goof")}: mmengine knows no .*near it: .*good'):
+            with pytest.raises(CheckpointError, match=rf'{form.format("goof")}: mmengine knows no .*similar.*good'):
                 CheckpointLoader.load_checkpoint(form.format('goof'))
     assert CheckpointLoader.load_checkpoint('openmmlab://old')['meta'] == {}
     for form in ('s3://b/{}.pth', 'cluster:s3://b/{}.pth', 'petrel://b/{}.pth', 'pavi://b/{}.pth'):
@@ -439,7 +439,7 @@ def test_schemes_whose_clients_are_not_installed(url):
 
 
 def test_config_texts_in_checkpoints_run_no_code(tmp_path, log):
-    """mmengine runs ``meta.config`` when resuming, and ``cfg`` where MMSegInferencer gets weights alone."""
+    """mmengine runs ``meta.config`` on resume, and ``cfg`` when MMSegInferencer gets only weights."""
     trace = tmp_path / 'code-ran'
     plain = config().pretty_text
     state = MODELS.build(config().model).state_dict()
@@ -467,12 +467,12 @@ def test_config_texts_in_checkpoints_run_no_code(tmp_path, log):
     assert load_from_local(str(tmp_path / 'y.pth'))['meta']['cfg'] == plain
 
 
-def picture() -> np.ndarray:
+def random_image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 
-def test_pictures_of_every_kind_become_bgr():
-    image = picture()
+def test_images_of_every_kind_become_bgr():
+    image = random_image()
     assert as_bgr(image) is image
     alpha = np.dstack([image, image[..., 0]])
     same = [alpha, image.astype(np.uint16) * 257, image / 255, image.astype(np.float32), image.astype(np.int64)]
@@ -506,7 +506,7 @@ def test_pictures_of_every_kind_become_bgr():
     ],
     ids=str,
 )
-def test_what_is_no_picture_is_said(image, message):
+def test_arrays_that_are_no_image(image, message):
     with pytest.raises(ValueError, match=message):
         as_bgr(image)
 
@@ -516,8 +516,8 @@ def predictor(tmp_path_factory) -> Predictor:
     return Predictor(config(), saved(tmp_path_factory.mktemp('model') / 'x.pth'), 'cpu')
 
 
-def test_the_predictor_takes_them(predictor):
-    image = picture()
+def test_the_predictor_accepts_images_of_every_kind(predictor):
+    image = random_image()
     expected = predictor(image)
     for other in (np.dstack([image, image[..., 0]]), image / 255, image.astype(np.uint16) * 257):
         assert np.array_equal(predictor(other), expected)
@@ -528,13 +528,13 @@ def test_the_predictor_takes_them(predictor):
 
 def test_mmsegs_inference_says_what_is_wrong_with_an_array(tmp_path):
     model = mmseg_init_model(config(), saved(tmp_path / 'x.pth'), 'cpu')
-    predict, image = partial(inference_model, model), picture()
+    predict, image = partial(inference_model, model), random_image()
     grey = predict(np.dstack([image[..., 0]] * 3)).pred_sem_seg.data
     assert torch.equal(predict(image[..., 0]).pred_sem_seg.data, grey)
     as_float = predict(image.astype(np.float32)).pred_sem_seg.data  # resized without rounding
     assert (as_float == predict(image).pred_sem_seg.data).float().mean() > 0.95
     for message, wrong in {
-        r'a picture of shape \(4, .*uint8: expected \(3, H, W\); mmseg takes arrays as': np.dstack(
+        r'an image of shape \(4, .*uint8: expected \(3, H, W\); mmseg takes arrays as': np.dstack(
             [image, image[..., 0]]
         ),
         'uint16: values from .* expected 0 to 255; mmseg_volo.inference.Predictor': image.astype(np.uint16) * 257,
@@ -546,23 +546,23 @@ def test_mmsegs_inference_says_what_is_wrong_with_an_array(tmp_path):
             predict(wrong)
 
 
-def train_head(head: nn.Module, pictures: int) -> None:
-    maps = [torch.randn(pictures, c, 4, 4) for c in (32, 64, 64, 64)]
+def train_head(head: nn.Module, images: int) -> None:
+    maps = [torch.randn(images, c, 4, 4) for c in (32, 64, 64, 64)]
     head.train()(maps)
 
 
 @pytest.mark.parametrize('kind', ['BN', 'SyncBN'])
-def test_one_picture_per_device_is_an_error_that_says_what_to_do(kind, monkeypatch):
+def test_training_on_one_image_per_device_is_refused(kind, monkeypatch):
     norm = dict(type=kind, requires_grad=True)
     head = MODELS.build(dict(config().model.decode_head, norm_cfg=norm))
-    message = r'cannot train on one picture per device.*batch_size=2 or more.*SyncBN.*GN'
+    message = r'cannot train on one image per device.*batch_size=2 or more.*SyncBN.*GN'
     with pytest.raises(ConfigError, match=message):
         train_head(head, 1)
     if kind == 'BN':
         train_head(head, 2)
     head.eval()([torch.randn(1, c, 4, 4) for c in (32, 64, 64, 64)])
     train_head(MODELS.build(dict(config().model.decode_head, norm_cfg=dict(type='GN', num_groups=4))), 1)
-    if kind == 'SyncBN':  # of several processes: legitimate
+    if kind == 'SyncBN':  # works with several processes
         monkeypatch.setattr('mmseg_volo.models.heads.get_world_size', lambda: 2)
         head.train()._check_norms()
 
@@ -578,12 +578,12 @@ def test_backends_that_are_not_installed(tmp_path, monkeypatch):
         build_runner(cfg)
 
 
-def test_the_tools_refuse_in_one_line(tmp_path):
-    """tools/predict.py, as users run it; tools/test.py adds the hook that is tested above."""
+def test_a_wrong_checkpoint_is_one_line_for_users_of_the_tools(tmp_path):
+    """Run tools/predict.py; tools/test.py adds the hook that is tested above."""
     cfg = tmp_path / 'small.py'
     config().dump(cfg)
     path = saved(tmp_path / 'camvid.pth', classes=11)
-    cv2.imwrite(str(tmp_path / 'a.png'), picture())
+    cv2.imwrite(str(tmp_path / 'a.png'), random_image())
     command = [
         sys.executable,
         '-W',

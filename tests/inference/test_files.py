@@ -1,4 +1,4 @@
-"""Folders, videos and what is said of them: tools/predict.py and mmseg_volo.inference.files."""
+"""Prediction of folders and videos by tools/predict.py: results, messages, resume, signals, processes."""
 
 import importlib.util
 import json
@@ -21,15 +21,16 @@ from small_runs import ROOT, write_config
 
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
-from mmseg_volo.inference import files as folders
+from mmseg_volo.inference import files as files_module
 from mmseg_volo.inference.files import OutputError, Recipe, find_images, find_sources, predict_files
 from mmseg_volo.inference.model import init_model
+from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.signals import Stopped
 
 
 @pytest.fixture(scope='module')
 def model(tmp_path_factory) -> tuple[str, str]:
-    """(config, checkpoint) of an untrained model."""
+    """Return (config, checkpoint) of an untrained model."""
     folder = tmp_path_factory.mktemp('predict')
     path = str(write_config(folder))
     torch.manual_seed(0)
@@ -40,8 +41,6 @@ def model(tmp_path_factory) -> tuple[str, str]:
 
 @pytest.fixture
 def recipe(model) -> Recipe:
-    from mmseg_volo.utils.config import load_config
-
     return Recipe(load_config(model[0]), model[1], 'cpu', options=dict(confidence=False))
 
 
@@ -64,9 +63,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob('*.png')}
 
 
-def test_overlays_have_a_legend_or_the_size_of_the_picture(model, tmp_path, monkeypatch):
-    pictures = draw(tmp_path / 'pictures')
-    given = *model, pictures, '--device', 'cpu', '--overlay', '--out'
+def test_overlays_have_a_legend_or_the_size_of_the_image(model, tmp_path, monkeypatch):
+    images = draw(tmp_path / 'images')
+    given = *model, images, '--device', 'cpu', '--overlay', '--out'
     assert main(*given, tmp_path / 'a', monkeypatch=monkeypatch) == 0
     assert main(*given, tmp_path / 'b', '--no-legend', '--opacity', '0.25', monkeypatch=monkeypatch) == 0
     palette = np.array(Predictor(*model, 'cpu').palette)
@@ -87,12 +86,12 @@ def test_overlays_have_a_legend_or_the_size_of_the_picture(model, tmp_path, monk
             main(*given, tmp_path / 'c', '--opacity', wrong, monkeypatch=monkeypatch)
 
 
-def test_pictures_and_videos_together(model, tmp_path, monkeypatch, capsys):
-    video, picture = draw_video(tmp_path / 'a.mp4', 4), draw(tmp_path / 'p', 1) / '0.png'
+def test_images_and_videos_together(model, tmp_path, monkeypatch, capsys):
+    video, image = draw_video(tmp_path / 'a.mp4', 4), draw(tmp_path / 'p', 1) / '0.png'
     (tmp_path / 'empty.mp4').write_bytes(b'')
     (tmp_path / 'empty.png').write_bytes(b'')
     out = tmp_path / 'out'
-    given = *model, video, picture, tmp_path / 'empty.mp4', tmp_path / 'empty.png', '--out', out, '--device', 'cpu'
+    given = *model, video, image, tmp_path / 'empty.mp4', tmp_path / 'empty.png', '--out', out, '--device', 'cpu'
     assert main(*given, '--video-format', 'webm', monkeypatch=monkeypatch) == 1
     told = capsys.readouterr().err
     assert f'skipped {tmp_path}/empty.mp4: it is empty (0 bytes)' in told
@@ -102,7 +101,7 @@ def test_pictures_and_videos_together(model, tmp_path, monkeypatch, capsys):
     assert len(frames_of(out / 'a_overlay.webm')[0]) == 4
 
 
-def test_what_sources_stand_for(tmp_path, capsys):
+def test_files_folders_and_patterns_are_found(tmp_path, capsys):
     for name in ('both/a.png', 'both/a.mp4', 'both/deep/b.MOV', 'films/a.mp4', 'films/a.mkv', 'films/deep/b.webm'):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b'')
@@ -114,38 +113,39 @@ def test_what_sources_stand_for(tmp_path, capsys):
         ]
 
     assert found('both') == [{'both/a.png': 'a'}, {}]
-    assert f'{tmp_path}/both: 2 videos beside the images left out' in capsys.readouterr().err
+    assert f'{tmp_path}/both: skipped 2 videos beside the images' in capsys.readouterr().err
     assert found('films') == [{}, {'films/a.mp4': 'a.mp4', 'films/a.mkv': 'a.mkv', 'films/deep/b.webm': 'deep/b'}]
     assert found('both/*') == [{'both/a.png': 'a'}, {'both/a.mp4': 'a'}]
     assert found('both/deep/b.MOV') == [{}, {'both/deep/b.MOV': 'b'}]
     assert found('both', out_dir=f'{tmp_path}/both/deep')[0] == {'both/a.png': 'a'}
-    assert capsys.readouterr().err.count('left out') == 1  # results of before are not sources
+    assert capsys.readouterr().err.count('skipped') == 1  # results of an earlier run are not sources
     with pytest.raises(FileNotFoundError, match='no image found, only videos'):
         find_images([f'{tmp_path}/films'])
 
 
-def test_places_where_nothing_can_be_written(recipe, tmp_path):
-    pictures = draw(tmp_path / 'pictures', 1)
+def test_output_folders_that_cannot_be_written(recipe, tmp_path):
+    images = draw(tmp_path / 'images', 1)
     (tmp_path / 'file').write_text('')
     with pytest.raises(NotADirectoryError, match='file is a file; the results need a folder'):
-        predict_files(recipe, [str(pictures)], str(tmp_path / 'file'))
+        predict_files(recipe, [str(images)], str(tmp_path / 'file'))
     with pytest.raises(OSError, match='file/below'):
-        predict_files(recipe, [str(pictures)], str(tmp_path / 'file/below'))
-    before = contents(pictures)
+        predict_files(recipe, [str(images)], str(tmp_path / 'file/below'))
+    before = contents(images)
     with pytest.raises(FileExistsError, match='would replace a source'):
-        predict_files(recipe, [str(pictures)], str(pictures))
-    assert contents(pictures) == before
+        predict_files(recipe, [str(images)], str(images))
+    assert contents(images) == before
 
 
-@pytest.mark.skipif(sys.platform == 'win32', reason='limits of a process')
+@pytest.mark.skipif(sys.platform == 'win32', reason='needs resource limits')
 def test_a_full_disk_ends_the_run_at_once(recipe, tmp_path, capsys):
-    pictures, before = draw(tmp_path / 'pictures'), resource.getrlimit(resource.RLIMIT_FSIZE)
+    images, before = draw(tmp_path / 'images'), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))
     try:
         with pytest.raises(
-            OutputError, match=r'0_overlay\.png cannot be written .* 0 of 4 are done: make room, then go'
+            OutputError,
+            match=r'0_overlay\.png cannot be written .* 0 of 4 are done: free .*, then continue with --resume',
         ):
-            predict_files(recipe, [str(pictures)], str(tmp_path / 'out'), True)
+            predict_files(recipe, [str(images)], str(tmp_path / 'out'), True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['0.png', 'predict.jsonl']
@@ -153,7 +153,7 @@ def test_a_full_disk_ends_the_run_at_once(recipe, tmp_path, capsys):
 
 @pytest.fixture
 def predicted(monkeypatch) -> list[str]:
-    """The names of the pictures that are read from here on."""
+    """Collect the names of the images that are read; send SIGINT when STOP_AT is read."""
     names = []
 
     def read(path):
@@ -162,20 +162,20 @@ def predicted(monkeypatch) -> list[str]:
             os.kill(os.getpid(), signal.SIGINT)
         return read_image(path)
 
-    read_image = folders.read_image
-    monkeypatch.setattr(folders, 'read_image', read)
+    read_image = files_module.read_image
+    monkeypatch.setattr(files_module, 'read_image', read)
     return names
 
 
-def test_a_folder_goes_on_where_it_was_stopped(recipe, tmp_path, predicted, monkeypatch, capsys):
-    pictures, out = draw(tmp_path / 'pictures', 8), tmp_path / 'out'
-    run = lambda resume=True, where=out: predict_files(recipe, [str(pictures)], str(where), True, resume=resume)  # noqa: E731
+def test_resume_continues_a_folder(recipe, tmp_path, predicted, monkeypatch, capsys):
+    images, out = draw(tmp_path / 'images', 8), tmp_path / 'out'
+    run = lambda resume=True, where=out: predict_files(recipe, [str(images)], str(where), True, resume=resume)  # noqa: E731
     run(False, tmp_path / 'whole')
     monkeypatch.setenv('STOP_AT', '4.png')
     with pytest.raises(Stopped):
         run(False)
     done = len(list(out.glob('*_overlay.png')))
-    assert 2 <= done <= 4 and f'{done} of 8 are done; the same command with --resume goes on' in capsys.readouterr().err
+    assert 2 <= done <= 4 and f'{done} of 8 are done; run the same command with --resume' in capsys.readouterr().err
     monkeypatch.delenv('STOP_AT')
     predicted.clear()
     assert run() == {} and f'{done} done before, {8 - done} to do' in capsys.readouterr().err
@@ -183,23 +183,23 @@ def test_a_folder_goes_on_where_it_was_stopped(recipe, tmp_path, predicted, monk
     assert contents(out) == contents(tmp_path / 'whole') and not list(out.glob('.*'))
 
     predicted.clear()
-    (out / '3_overlay.png').unlink()  # a result that was removed, a picture that is another now, and a new one
-    cv2.imwrite(str(pictures / '5.png'), frame(20, 40, 96))
-    cv2.imwrite(str(pictures / 'new.png'), frame(20, 40, 96))
+    (out / '3_overlay.png').unlink()  # a removed result, a changed image and a new image
+    cv2.imwrite(str(images / '5.png'), frame(20, 40, 96))
+    cv2.imwrite(str(images / 'new.png'), frame(20, 40, 96))
     with (out / 'predict.jsonl').open('a') as file:
-        file.write('{"source": "cut o')  # a machine that lost power
+        file.write('{"source": "cut o')  # as after a power failure
     run()
     assert predicted == ['3.png', '5.png', 'new.png'] and '6 done before, 3 to do' in capsys.readouterr().err
     assert cv2.imread(str(out / '5.png'), -1).shape == (40, 96)
     predicted.clear()
     assert run() == {} and not predicted
-    assert run(False) == {} and len(predicted) == 9  # without --resume everything is done anew
+    assert run(False) == {} and len(predicted) == 9  # without --resume everything is predicted again
 
 
-def test_results_are_written_beside_the_next_prediction_and_count_when_they_are_there(recipe, tmp_path, monkeypatch):
-    pictures, out = draw(tmp_path / 'pictures'), tmp_path / 'out'
-    (pictures / '2.png').write_bytes(b'no picture')
-    events, predict, save = [], Predictor.predict, folders._save
+def test_results_are_written_during_the_next_prediction_and_noted_after_that(recipe, tmp_path, monkeypatch):
+    images, out = draw(tmp_path / 'images'), tmp_path / 'out'
+    (images / '2.png').write_bytes(b'no image')
+    events, predict, save = [], Predictor.predict, files_module._save
 
     def slow_save(*arguments):
         name = arguments[2].name
@@ -210,26 +210,24 @@ def test_results_are_written_beside_the_next_prediction_and_count_when_they_are_
         assert threading.current_thread() is not threading.main_thread()
         return save(*arguments)
 
-    def note(journal, source, files):
+    def note(manifest, source, files):
         assert all((out / file).is_file() for file in files)
         events.append(f'noted {source.name}')
 
-    monkeypatch.setattr(folders, '_save', slow_save)
+    monkeypatch.setattr(files_module, '_save', slow_save)
     monkeypatch.setattr(Predictor, 'predict', lambda *arguments: events.append('predicts') or predict(*arguments))
-    monkeypatch.setattr(folders.Journal, 'add', note)
-    failed = predict_files(recipe, [str(pictures)], str(out))
-    assert list(failed) == [pictures / '2.png']
+    monkeypatch.setattr(files_module.Manifest, 'add', note)
+    failed = predict_files(recipe, [str(images)], str(out))
+    assert list(failed) == [images / '2.png']
     assert [event for event in events if event != 'predicts'] == [
         f'{what} {number}{end}' for number in (0, 1, 3) for what, end in (('writes', ''), ('noted', '.png'))
     ]
 
 
-def test_results_of_something_else_are_not_resumed(recipe, model, tmp_path, monkeypatch, capsys):
-    from mmseg_volo.utils.config import load_config
-
-    pictures, out = draw(tmp_path / 'pictures', 1), tmp_path / 'out'
-    predict_files(recipe, [str(pictures)], str(out))
-    journal = (out / 'predict.jsonl').read_bytes()
+def test_resume_refuses_results_of_another_model_or_options(recipe, model, tmp_path, monkeypatch, capsys):
+    images, out = draw(tmp_path / 'images', 1), tmp_path / 'out'
+    predict_files(recipe, [str(images)], str(out))
+    manifest = (out / 'predict.jsonl').read_bytes()
     other = tmp_path / 'other.pth'
     weights = torch.load(model[1])
     torch.save(dict(weights, more=1), other)
@@ -238,38 +236,38 @@ def test_results_of_something_else_are_not_resumed(recipe, model, tmp_path, monk
 
     def refused(message, recipe=recipe, **options):
         with pytest.raises(ConfigError, match=message):
-            predict_files(recipe, [str(pictures)], str(out), resume=True, **options)
-        assert (out / 'predict.jsonl').read_bytes() == journal
+            predict_files(recipe, [str(images)], str(out), resume=True, **options)
+        assert (out / 'predict.jsonl').read_bytes() == manifest
 
     refused(
-        r'checkpoint \(small\.pth \w{8} then, other\.pth \w{8} now\)\. Take', Recipe(recipe.config, str(other), 'cpu')
+        r'checkpoint \(small\.pth \w{8} then, other\.pth \w{8} now\)\. Choose', Recipe(recipe.config, str(other), 'cpu')
     )
     refused(
         r'with something else: config \(small\.py \w{8} then, small',
         Recipe(config, model[1], 'cpu', False, recipe.options),
     )
-    refused(r'with something else: overlay \(no then, yes now\)\. Take', with_overlay=True)
+    refused(r'with something else: overlay \(no then, yes now\)\. Choose', with_overlay=True)
     refused(r'opacity \(0\.5 then, 0\.7 now\)', opacity=0.7)
     refused(r'aug-test \(no then, yes now\)', Recipe(recipe.config, model[1], 'cpu', True, recipe.options))
     shutil.copy(model[1], tmp_path / 'moved.pth')  # the same bytes
     same = Recipe(recipe.config, str(tmp_path / 'moved.pth'), 'cpu', False, dict(recipe.options, window_batch=1))
-    assert predict_files(same, [str(pictures)], str(out), resume=True) == {}
+    assert predict_files(same, [str(images)], str(out), resume=True) == {}
     assert '1 done before, 0 to do' in capsys.readouterr().err
     (out / 'predict.jsonl').write_text('nonsense')
-    journal = b'nonsense'
-    refused('is no record of what was predicted; leave out --resume')
-    predict_files(recipe, [str(pictures)], str(out))
+    manifest = b'nonsense'
+    refused('is no record of predictions; leave out --resume')
+    predict_files(recipe, [str(images)], str(out))
     assert len((out / 'predict.jsonl').read_text().splitlines()) == 2
     json.loads((out / 'predict.jsonl').read_text().splitlines()[0])
 
 
-def test_two_processes_give_what_one_gives(model, recipe, tmp_path, monkeypatch, capsys):
-    pictures = draw(tmp_path / 'pictures', 12)
-    (pictures / 'broken.png').write_bytes((pictures / '0.png').read_bytes()[:50])
-    given = *model, pictures, '--device', 'cpu', '--overlay', '--out'
+def test_two_processes_give_the_results_of_one(model, recipe, tmp_path, monkeypatch, capsys):
+    images = draw(tmp_path / 'images', 12)
+    (images / 'broken.png').write_bytes((images / '0.png').read_bytes()[:50])
+    given = *model, images, '--device', 'cpu', '--overlay', '--out'
     assert main(*given, tmp_path / 'two', '--processes', '2', monkeypatch=monkeypatch) == 1
     told = capsys.readouterr().err
-    assert told.count('skipped') == 1 and f'skipped {pictures}/broken.png: it is no image, or broken' in told
+    assert told.count('skipped') == 1 and f'skipped {images}/broken.png: it is no image, or broken' in told
     assert main(*given, tmp_path / 'one', monkeypatch=monkeypatch) == 1
     assert contents(tmp_path / 'two') == contents(tmp_path / 'one') and len(contents(tmp_path / 'two')) == 24
     assert main(*given, tmp_path / 'two', '--resume', monkeypatch=monkeypatch) == 1
@@ -277,14 +275,14 @@ def test_two_processes_give_what_one_gives(model, recipe, tmp_path, monkeypatch,
 
 
 @pytest.mark.slow
-def test_errors_in_processes_are_those_of_one(recipe, model, tmp_path):
-    pictures = draw(tmp_path / 'pictures')
+def test_errors_of_workers_are_raised_as_they_are(recipe, model, tmp_path):
+    images = draw(tmp_path / 'images')
     wrong = Recipe(recipe.config, str(tmp_path / 'gone.pth'), 'cpu')
     with pytest.raises(FileNotFoundError, match=r'gone\.pth'):
-        predict_files(wrong, [str(pictures)], str(tmp_path / 'out'), processes=2)
+        predict_files(wrong, [str(images)], str(tmp_path / 'out'), processes=2)
     assert list((tmp_path / 'out').iterdir()) == []
     with pytest.raises(TypeError, match='need a Recipe'):
-        predict_files(recipe.load(), [str(pictures)], str(tmp_path / 'out'), processes=2)
+        predict_files(recipe.load(), [str(images)], str(tmp_path / 'out'), processes=2)
 
 
 def command(model, *arguments) -> list[str]:
@@ -293,7 +291,7 @@ def command(model, *arguments) -> list[str]:
 
 
 def started(*arguments, model, out: Path) -> subprocess.Popen:
-    """tools/predict.py in a process group of its own, when its first results are there."""
+    """Start tools/predict.py in its own process group; return when it has written the first results."""
     process = subprocess.Popen(
         command(model, *arguments, '--out', out), stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True
     )
@@ -306,7 +304,7 @@ def started(*arguments, model, out: Path) -> subprocess.Popen:
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    """The workers: children whose command line says so."""
+    """Find the worker processes by their command line."""
     found = []
     for folder in Path('/proc').glob('[0-9]*'):
         try:
@@ -321,20 +319,20 @@ def children(process: subprocess.Popen) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_ctrl_c_on_a_folder(processes, model, tmp_path):
-    pictures, out = draw(tmp_path / 'pictures', 1), tmp_path / 'out'
+    images, out = draw(tmp_path / 'images', 1), tmp_path / 'out'
     for number in range(400):
-        shutil.copy(pictures / '0.png', pictures / f'copy{number}.png')
-    process = started(pictures, '--processes', str(processes), model=model, out=out)
+        shutil.copy(images / '0.png', images / f'copy{number}.png')
+    process = started(images, '--processes', str(processes), model=model, out=out)
     workers = children(process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(process.pid, signal.SIGINT)  # a terminal also signals the whole group
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and 'Traceback' not in told, told
     done = len((out / 'predict.jsonl').read_text().splitlines()) - 1
-    assert f'{done} of 401 are done; the same command with --resume goes on' in told
+    assert f'{done} of 401 are done; run the same command with --resume to continue' in told
     assert len(contents(out)) >= done > 0 and not list(out.glob('.*'))
     assert len(workers) == (processes if processes > 1 else 0)
     assert not any(Path(f'/proc/{pid}').exists() for pid in workers)
-    again = command(model, pictures, '--out', out, '--resume')
+    again = command(model, images, '--out', out, '--resume')
     ended = subprocess.run(again, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
     assert ended.returncode == 0 and f'{done} done before, {401 - done} to do' in ended.stderr
     assert len(contents(out)) == 401
@@ -342,11 +340,11 @@ def test_ctrl_c_on_a_folder(processes, model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='reads /proc')
-def test_a_killed_process_is_reported_with_its_pictures(model, tmp_path):
-    pictures, out = draw(tmp_path / 'pictures', 1), tmp_path / 'out'
+def test_a_killed_worker_loses_only_its_images(model, tmp_path):
+    images, out = draw(tmp_path / 'images', 1), tmp_path / 'out'
     for number in range(400):
-        shutil.copy(pictures / '0.png', pictures / f'copy{number}.png')
-    process = started(pictures, '--processes', '2', model=model, out=out)
+        shutil.copy(images / '0.png', images / f'copy{number}.png')
+    process = started(images, '--processes', '2', model=model, out=out)
     os.kill(children(process)[0], signal.SIGKILL)
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and 'Traceback' not in told, told

@@ -1,10 +1,10 @@
-"""Broken and odd pictures: prediction goes on past each, names it with a reason, and never crashes."""
+"""Broken and odd images: prediction reports each with a reason, continues, and never crashes."""
 
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -31,15 +31,15 @@ def predictor(model) -> Predictor:
     return Predictor(*model, 'cpu')
 
 
-def picture() -> np.ndarray:
+def smooth_image() -> np.ndarray:
     coarse = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     return cv2.resize(coarse, (WIDTH, HEIGHT))
 
 
 def write_odd(folder: Path) -> tuple[set[str], set[str]]:
-    """Pictures of odd kinds; the names of those that can be predicted, and of those that cannot."""
+    """Write odd images; return the names of those that can be predicted, and of those that cannot."""
     folder.mkdir(exist_ok=True)
-    image = picture()
+    image = smooth_image()
     pil, grey = Image.fromarray(image), image[..., 0]
     turned = Image.Exif()
     turned[0x112] = 6
@@ -71,7 +71,7 @@ def write_odd(folder: Path) -> tuple[set[str], set[str]]:
     cv2.imwrite(str(folder / 'large_values.tif'), image.astype(np.float32) * 9)
     (folder / 'empty.png').touch()
     (folder / 'empty.jpg').touch()
-    (folder / 'text.png').write_text('no picture\n' * 50, encoding='utf-8')
+    (folder / 'text.png').write_text('no image\n' * 50, encoding='utf-8')
     header = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\xea\x60\0\0\xea\x60\x08\x02\0\0\0'
     (folder / 'claims_60000_pixels.png').write_bytes(header + b'\0' * 100)
     for name in ('mode_RGBA.png', 'progressive.jpg'):
@@ -80,8 +80,8 @@ def write_odd(folder: Path) -> tuple[set[str], set[str]]:
     return fine, {path.name for path in folder.rglob('*') if path.is_file()} - fine
 
 
-def mutations(folder: Path, seed: int) -> itertools.count:
-    """Bytes of the pictures in a folder without end, each time with a suffix: cut, flipped, overwritten, or noise."""
+def mutations(folder: Path, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents without end: images of the folder cut, flipped, overwritten, shortened, or noise."""
     rng = np.random.default_rng(seed)
     sources = sorted(path for path in folder.iterdir() if path.is_file() and path.stat().st_size > 20)
 
@@ -112,12 +112,12 @@ def mutations(folder: Path, seed: int) -> itertools.count:
 
 
 def check(predictor: Predictor, folder: Path, out: Path, capsys) -> set[str]:
-    """Predict a folder: each picture is there afterwards or reported; the names of the reported ones."""
+    """Predict a folder; check that each image has a result or is reported. Return the names of the reported ones."""
     failed = predict_files(predictor, [str(folder)], str(out))
-    told = capsys.readouterr().err
+    messages = capsys.readouterr().err
     for path, reason in failed.items():
         name = str(path).encode('utf-8', 'backslashreplace').decode()
-        assert reason and f'skipped {name}: {reason}' in told
+        assert reason and f'skipped {name}: {reason}' in messages
         assert '\n' not in reason, reason
     images = {path for path in folder.rglob('*') if path.is_file()}
     assert set(failed) <= images
@@ -129,17 +129,17 @@ def check(predictor: Predictor, folder: Path, out: Path, capsys) -> set[str]:
     return {path.name for path in failed}
 
 
-def test_odd_pictures(predictor, tmp_path, capsys):
+def test_odd_images(predictor, tmp_path, capsys):
     fine, broken = write_odd(tmp_path / 'odd')
     assert len(fine) > 25 and len(broken) > 8
     assert check(predictor, tmp_path / 'odd', tmp_path / 'out', capsys) == broken
     turned = cv2.imread(str(tmp_path / 'out/turned_jpg.png'), -1)
-    assert turned.shape == (WIDTH, HEIGHT)  # as the camera says it was held
+    assert turned.shape == (WIDTH, HEIGHT)  # upright, as EXIF says
     plain, *same = (cv2.imread(str(tmp_path / f'out/{name}.png'), -1) for name in ('%d', 'mode_RGBA', 'several_tif'))
     assert all((plain == other).all() for other in same)
 
 
-def test_mutated_pictures(predictor, tmp_path, capsys):
+def test_mutated_images(predictor, tmp_path, capsys):
     write_odd(tmp_path / 'odd')
     (tmp_path / 'mutated').mkdir()
     for name, data in itertools.islice(mutations(tmp_path / 'odd', 0), 60):
@@ -150,7 +150,7 @@ def test_mutated_pictures(predictor, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(1, 6))
-def test_many_mutated_pictures(seed, predictor, tmp_path, capsys):
+def test_many_mutated_images(seed, predictor, tmp_path, capsys):
     write_odd(tmp_path / 'odd')
     (tmp_path / 'mutated').mkdir()
     for name, data in itertools.islice(mutations(tmp_path / 'odd', seed), 120):
@@ -159,50 +159,50 @@ def test_many_mutated_pictures(seed, predictor, tmp_path, capsys):
 
 
 def arguments(folder: Path) -> dict[str, tuple[list[str], int, str]]:
-    """Command lines of ``predict.py`` after config and checkpoint: arguments, status, what is said."""
-    picture, out = str(folder / 'a.png'), ['--out', str(folder / 'out')]
+    """Return by name: arguments of ``predict.py`` after config and checkpoint, exit status, part of the message."""
+    image, out = str(folder / 'a.png'), ['--out', str(folder / 'out')]
     (folder / 'taken').write_text('a file')
     (folder / 'nothing').mkdir()
     return {
-        'plain': ([picture, *out], 0, ''),
+        'plain': ([image, *out], 0, ''),
         'everything': (
-            [picture, *out, '--aug-test', '--overlay', '--confidence', '--channels-last', '--precision', 'bf16'],
+            [image, *out, '--aug-test', '--overlay', '--confidence', '--channels-last', '--precision', 'bf16'],
             0,
             '',
         ),
-        'twice': ([picture, picture, *out], 0, ''),
+        'twice': ([image, image, *out], 0, ''),
         'pattern': ([f'{folder}/[a].p?g', *out], 0, ''),
         'no source': (out, 2, 'required: source'),
-        'no out': ([picture], 2, 'required: --out'),
+        'no out': ([image], 2, 'required: --out'),
         'empty name': (['', *out], 1, 'no image found'),
         'gone': ([f'{folder}/gone.png', *out], 1, 'gone.png: no image found'),
         'nothing': ([f'{folder}/nothing', *out], 1, 'nothing: no image found'),
         'pattern of nothing': ([f'{folder}/**/*.webp', *out], 1, 'no image found'),
         'broken pattern': ([f'{folder}/[', *out], 1, 'no image found'),
-        'device': ([picture, *out, '--device', 'gpu'], 1, 'error: device'),
-        'no gpu': ([picture, *out, '--device', 'cuda:99'], 1, 'error: device cuda:99'),
-        'precision': ([picture, *out, '--precision', 'fp8'], 2, 'invalid choice'),
-        'no windows': ([picture, *out, '--window-batch', '0'], 1, 'error: window_batch must be 1 or more'),
-        'windows': ([picture, *out, '--window-batch', 'x'], 2, 'invalid int'),
-        'a file as folder': ([picture, '--out', str(folder / 'taken')], 1, 'taken'),
-        'unknown': ([picture, *out, '--unknown'], 2, 'unrecognized'),
+        'device': ([image, *out, '--device', 'gpu'], 1, 'error: device'),
+        'no gpu': ([image, *out, '--device', 'cuda:99'], 1, 'error: device cuda:99'),
+        'precision': ([image, *out, '--precision', 'fp8'], 2, 'invalid choice'),
+        'no windows': ([image, *out, '--window-batch', '0'], 1, 'error: window_batch must be 1 or more'),
+        'windows': ([image, *out, '--window-batch', 'x'], 2, 'invalid int'),
+        'a file as folder': ([image, '--out', str(folder / 'taken')], 1, 'taken'),
+        'unknown': ([image, *out, '--unknown'], 2, 'unrecognized'),
     }
 
 
 @pytest.mark.slow
-def test_the_options_of_predict(model, tmp_path):
+def test_all_options_of_predict(model, tmp_path):
     cfg, checkpoint = model
     cfg.dump(tmp_path / 'small.py')
-    cv2.imwrite(str(tmp_path / 'a.png'), picture())
+    cv2.imwrite(str(tmp_path / 'a.png'), smooth_image())
     paths = str(tmp_path / 'small.py'), checkpoint
-    cases = {name: ([*paths, *given], *wanted) for name, (given, *wanted) in arguments(tmp_path).items()}
+    cases = {name: ([*paths, *given], *expected) for name, (given, *expected) in arguments(tmp_path).items()}
     one = [str(tmp_path / 'a.png'), '--out', str(tmp_path / 'out')]
     cases['no config'] = ([str(tmp_path / 'x.py'), checkpoint, *one], 1, 'error: config')
     cases['no checkpoint'] = ([paths[0], str(tmp_path / 'x.pth'), *one], 1, 'x.pth does not exist')
     cases['a folder as checkpoint'] = ([paths[0], str(tmp_path), *one], 1, 'is a folder')
-    cases['a picture as checkpoint'] = ([paths[0], one[0], *one], 1, 'a.png: the file is cut off or is no checkpoint')
-    for name, (given, status, said) in cases.items():
+    cases['an image as checkpoint'] = ([paths[0], one[0], *one], 1, 'a.png: the file is cut off or is no checkpoint')
+    for name, (given, status, message) in cases.items():
         command = [sys.executable, '-W', 'ignore', str(ROOT / 'tools/predict.py'), *given]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
-        assert done.returncode == status and said in done.stderr, (name, done.stderr)
+        assert done.returncode == status and message in done.stderr, (name, done.stderr)
         assert 'Traceback' not in done.stderr, (name, done.stderr)

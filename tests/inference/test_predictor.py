@@ -1,4 +1,4 @@
-"""One set of weights with several options, and the progress of a prediction."""
+"""Predictors that share weights, the progress of a prediction, and predictions on a GPU."""
 
 import copy
 
@@ -18,7 +18,7 @@ OPTIONS = [dict(), dict(aug_test=True), dict(precision='bf16', confidence=True),
 
 @pytest.fixture(scope='module')
 def small(tmp_path_factory):
-    """(config, checkpoint) of an untrained model that predicts in windows."""
+    """Return (config, checkpoint) of an untrained model that predicts in windows."""
     folder = tmp_path_factory.mktemp('inference')
     config = Config.fromfile(write_config(folder))
     config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
@@ -27,13 +27,13 @@ def small(tmp_path_factory):
     return config, str(folder / 'small.pth')
 
 
-def test_options_share_the_weights_and_predict_as_predictors_of_their_own(small):
-    picture = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
+def test_predictors_that_share_weights_keep_their_options(small):
+    image = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
     first = Predictor(*small, 'cpu')
     shared = [first.with_options(**options) for options in OPTIONS]
-    for options, predictor in [*zip(OPTIONS, shared, strict=True)] * 2:  # in turns: none leaves its options behind
+    for options, predictor in [*zip(OPTIONS, shared, strict=True)] * 2:  # in turns, so that they could mix
         own = Predictor(*small, 'cpu', **options)
-        found, expected = (p.predict(p.prepare(picture)) for p in (predictor, own))
+        found, expected = (p.predict(p.prepare(image)) for p in (predictor, own))
         np.testing.assert_array_equal(found.classes, expected.classes)
         assert (found.confidence is None) == ('confidence' not in options)
     weights = {p.data_ptr() for p in first.model.parameters()}
@@ -43,7 +43,7 @@ def test_options_share_the_weights_and_predict_as_predictors_of_their_own(small)
 
 
 @pytest.mark.parametrize('aug_test', [False, True])
-def test_progress_counts_windows_and_may_end_the_prediction(small, aug_test):
+def test_progress_counts_windows_and_can_end_the_prediction(small, aug_test):
     predictor = Predictor(*small, 'cpu', aug_test, window_batch=2)
     data = predictor.prepare(np.zeros((80, 150, 3), np.uint8))
     seen = []
@@ -60,29 +60,29 @@ def test_progress_counts_windows_and_may_end_the_prediction(small, aug_test):
 
     with pytest.raises(InterruptedError):
         predictor.predict(data, stop)
-    predictor.predict(data)  # without one
+    predictor.predict(data)  # without progress
 
 
-def test_gpu_predictions_are_those_of_a_cpu(small, gpu):
-    """Pictures through pinned memory, graphs, class ids in 8 bits."""
-    picture = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
+def test_gpu_predictions_equal_those_of_a_cpu(small, gpu):
+    """A GPU adds pinned memory, CUDA graphs and class ids in 8 bits."""
+    image = np.random.default_rng(0).integers(0, 256, (80, 150, 3), np.uint8)
     for aug_test in (False, True):
-        expected = Predictor(*small, 'cpu', aug_test)(picture)
+        expected = Predictor(*small, 'cpu', aug_test)(image)
         predictor = Predictor(*small, gpu, aug_test)
         for _ in range(4):
-            found = predictor(picture)
+            found = predictor(image)
             assert found.dtype == np.int64 and (found == expected).mean() > 0.99
 
 
-def test_cuda_graphs_can_be_asked_for_and_refused(small, tmp_path):
-    for wish in (True, False, None):
-        predictor = Predictor(*small, 'cpu', cuda_graph=wish)
-        predictor(np.zeros((80, 150, 3), np.uint8))  # a CPU has none
-        assert predictor.model.test_cfg.get('cuda_graph') is wish
+def test_cuda_graphs_can_be_switched_on_and_off(small):
+    for value in (True, False, None):
+        predictor = Predictor(*small, 'cpu', cuda_graph=value)
+        predictor(np.zeros((80, 150, 3), np.uint8))  # no effect on a CPU
+        assert predictor.model.test_cfg.get('cuda_graph') is value
 
 
-def test_cudnn_does_not_look_for_the_fastest_kernels_of_each_view(small):
+def test_cudnn_does_not_benchmark_kernels_for_each_view(small):
     config = copy.deepcopy(small[0])
-    assert config.env_cfg.cudnn_benchmark  # training has one shape
+    assert config.env_cfg.cudnn_benchmark  # for training, which has one shape
     use_tta(config)
     assert not config.env_cfg.cudnn_benchmark

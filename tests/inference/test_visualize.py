@@ -1,4 +1,4 @@
-"""Tests of the side-by-side pictures."""
+"""Panels of image, ground truth and prediction, with titles and a legend."""
 
 import numpy as np
 import pytest
@@ -19,58 +19,58 @@ def inputs():
     return image, truth, prediction
 
 
-def panel(picture, index):
+def panel(panels, index):
     left = index * (WIDTH + GAP)
-    return picture[TITLE_HEIGHT : TITLE_HEIGHT + HEIGHT, left : left + WIDTH]
+    return panels[TITLE_HEIGHT : TITLE_HEIGHT + HEIGHT, left : left + WIDTH]
 
 
 def expected(labels):
-    """The colours by the definition: the palette's RGB reversed, black for 255."""
+    """Colours by definition: the RGB of the palette reversed, black for 255."""
     table = {**{index: rgb[::-1] for index, rgb in enumerate(PALETTE)}, 255: [0, 0, 0]}
     return np.array([[table[int(label)] for label in row] for row in labels], np.uint8)
 
 
 def test_panels_hold_image_and_palette_colours(inputs):
     image, truth, prediction = inputs
-    picture = side_by_side(image, truth, prediction, PALETTE, ['one', 'two', 'three'])
-    assert picture.dtype == np.uint8
-    assert picture.shape[1:] == (3 * WIDTH + 2 * GAP, 3)
-    assert picture.shape[0] > TITLE_HEIGHT + HEIGHT
-    np.testing.assert_array_equal(panel(picture, 0), image)
-    np.testing.assert_array_equal(panel(picture, 1), expected(truth))
-    np.testing.assert_array_equal(panel(picture, 2), expected(prediction))
-    assert (panel(picture, 1)[:5] == 0).all()
+    panels = side_by_side(image, truth, prediction, PALETTE, ['one', 'two', 'three'])
+    assert panels.dtype == np.uint8
+    assert panels.shape[1:] == (3 * WIDTH + 2 * GAP, 3)
+    assert panels.shape[0] > TITLE_HEIGHT + HEIGHT
+    np.testing.assert_array_equal(panel(panels, 0), image)
+    np.testing.assert_array_equal(panel(panels, 1), expected(truth))
+    np.testing.assert_array_equal(panel(panels, 2), expected(prediction))
+    assert (panel(panels, 1)[:5] == 0).all()
 
 
 def test_titles_and_legend_are_written(inputs):
     image, truth, prediction = inputs
-    picture = side_by_side(image, truth, prediction, PALETTE)
+    panels = side_by_side(image, truth, prediction, PALETTE)
     for index in range(3):
-        title = picture[:TITLE_HEIGHT, index * (WIDTH + GAP) : index * (WIDTH + GAP) + WIDTH]
+        title = panels[:TITLE_HEIGHT, index * (WIDTH + GAP) : index * (WIDTH + GAP) + WIDTH]
         assert (title.min(axis=2) < 100).any(), f'no title above panel {index}'
-    legend = picture[TITLE_HEIGHT + HEIGHT :].reshape(-1, 3)
+    legend = panels[TITLE_HEIGHT + HEIGHT :].reshape(-1, 3)
     for red, green, blue in PALETTE:
         assert (legend == (blue, green, red)).all(axis=1).sum() > 100
 
 
-def test_legend_names_only_present_classes(inputs):
+def test_legend_names_only_classes_that_occur(inputs):
     image, truth, _ = inputs
     truth[:] = 1
-    picture = side_by_side(image, truth, truth, PALETTE)
-    legend = picture[TITLE_HEIGHT + HEIGHT :].reshape(-1, 3)
+    panels = side_by_side(image, truth, truth, PALETTE)
+    legend = panels[TITLE_HEIGHT + HEIGHT :].reshape(-1, 3)
     assert (legend == (3, 2, 1)).all(axis=1).any()
     assert not (legend == (32, 64, 128)).all(axis=1).any()
 
 
 @pytest.mark.parametrize('width', [1, 8, 30])
-def test_narrow_and_all_ignored_pictures(width):
+def test_narrow_images_and_ignored_labels(width):
     image = np.zeros((6, width, 3), np.uint8)
     labels = np.full((6, width), 255, np.uint8)
-    picture = side_by_side(image, labels, labels, PALETTE)
-    assert picture.shape[1] == 3 * width + 2 * GAP
+    panels = side_by_side(image, labels, labels, PALETTE)
+    assert panels.shape[1] == 3 * width + 2 * GAP
 
 
-def test_inputs_are_left_alone(inputs):
+def test_inputs_are_not_changed(inputs):
     copies = [array.copy() for array in inputs]
     side_by_side(*inputs, PALETTE)
     for array, copy in zip(inputs, copies, strict=True):

@@ -1,6 +1,6 @@
-"""CUDA graphs of windows: when they are made, what they follow, and that they predict what the network does.
+"""CUDA graphs of windows: when they are captured, which changes they follow, and that they predict like the network.
 
-On a CPU a stand-in for a graph runs the network with the memory that it had when it was "captured".
+On a CPU, a fake graph runs the network with the memory that the network had at "capture".
 """
 
 import copy
@@ -24,7 +24,7 @@ LOGITS = dict(return_logits=True)
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Graphs on a CPU; what was captured, as a list of shapes, and replayed."""
+    """Fake graphs on a CPU; returns the captured shapes and the number of replays."""
     log = dict(captured=[], replayed=0)
 
     def capture(windows, forward, *_):
@@ -55,7 +55,7 @@ def captured(monkeypatch):
         return Graph(replay, static, output, [])
 
     monkeypatch.setattr(windows_module, 'can_capture', lambda device: True)
-    monkeypatch.setattr(graphs, 'new_place', lambda device: (None, None))
+    monkeypatch.setattr(graphs, 'new_stream_and_pool', lambda device: (None, None))
     monkeypatch.setattr(graphs, 'capture', capture)
     return log
 
@@ -66,14 +66,14 @@ def logits(model: nn.Module, seed: int = 0, **options) -> torch.Tensor:
 
 
 def eager(model: nn.Module, seed: int = 0) -> torch.Tensor:
-    """Of a copy that has never been used and makes no graphs."""
+    """Logits of a fresh copy without graphs."""
     fresh = build(test_cfg={**model.test_cfg, 'cuda_graph': False})
     fresh.load_state_dict(model.state_dict())
     return fresh.test_step(batch(picture(107, 160, seed)))[0].seg_logits.data
 
 
 def model_in_windows(**options) -> nn.Module:
-    return build(test_cfg={**SLIDE, **LOGITS, 'window_batch': 2, **options})  # six windows a picture
+    return build(test_cfg={**SLIDE, **LOGITS, 'window_batch': 2, **options})  # six windows per image
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
@@ -84,7 +84,7 @@ def test_the_third_batch_of_a_shape_is_captured_and_later_ones_are_replayed(capt
     assert captured == dict(captured=[(2, 3, 64, 96)], replayed=6)
 
 
-def test_a_last_batch_of_fewer_windows_has_a_graph_of_its_own(captured):
+def test_a_smaller_last_batch_gets_its_own_graph(captured):
     model = model_in_windows(window_batch=4)
     for seed in range(4):
         torch.testing.assert_close(logits(model, seed), eager(model, seed), rtol=1e-5, atol=1e-5)
@@ -95,7 +95,7 @@ def test_test_time_augmentation_shares_the_graphs_of_its_segmentor(captured):
     model = model_in_windows()
     for _ in range(2):
         logits(model)
-    merged = StreamingTTAModel(module=model).eval()  # the mode begins anew
+    merged = StreamingTTAModel(module=model).eval()  # which clears the graphs
     data = views(batch(picture(107, 160)), batch(picture(107, 160).flip(2), flip='horizontal'))
     found = [merged.test_step(copy.deepcopy(data))[0].seg_logits.data for _ in range(2)]
     before = captured['replayed']
@@ -117,7 +117,7 @@ def other_state(model: nn.Module) -> dict:
 
 def by_data(model):
     for parameter in model.parameters():
-        if parameter is not model.backbone.pos_embed:  # whose resized copies count what is written to it
+        if parameter is not model.backbone.pos_embed:  # its cache follows versions, which .data does not change
             parameter.data.mul_(1.1)
 
 
@@ -149,7 +149,7 @@ CHANGES = {
     'data': by_data,
     'new data': lambda model: [setattr(p, 'data', p.data * 1.1) for p in model.parameters()],
     'optimizer': by_optimizer,
-    'fused optimizer': lambda model: by_optimizer(model, fused=True),  # counts no versions
+    'fused optimizer': lambda model: by_optimizer(model, fused=True),  # does not change versions
     'layer': exchanged_layer,
     'head': exchanged_head,
     'channels_last': lambda model: model.test_cfg.update(channels_last=True),
@@ -163,7 +163,7 @@ CHANGES = {
 
 @pytest.mark.parametrize('precision', [None, 'bf16'])
 @pytest.mark.parametrize('change', CHANGES)
-def test_whatever_changes_the_weights_changes_the_predictions(captured, change, precision):
+def test_predictions_follow_every_change_of_the_weights(captured, change, precision):
     model = model_in_windows(**({} if precision is None else dict(precision=precision)))
     for _ in range(2):
         before = logits(model)
@@ -211,7 +211,7 @@ def test_where_graphs_are_used(captured, monkeypatch, case):
     assert captured['replayed'] == (8 if case == 'forced' else 0)
 
 
-def test_what_cannot_be_captured_runs_as_before(captured, monkeypatch):
+def test_network_that_cannot_be_captured_runs_without_graphs(captured, monkeypatch):
     tries = []
 
     def fail(*_):
@@ -230,7 +230,7 @@ def test_what_cannot_be_captured_runs_as_before(captured, monkeypatch):
     assert lines == [(told, logging.WARNING)]
 
 
-def test_memory_that_graphs_hold_is_given_back_before_batches_are_halved(captured):
+def test_out_of_memory_drops_graphs_before_it_halves_batches(captured):
     model = model_in_windows()
     expected = eager(model)
     for _ in range(2):
@@ -261,10 +261,10 @@ def test_copies_have_no_graphs(captured):
         other.decode_head.conv_seg.weight.mul_(2)
     torch.testing.assert_close(logits(other), eager(other), rtol=1e-5, atol=1e-5)
     model.train()
-    assert not model.network.graphs._graphs  # their memory is for training now
+    assert not model.network.graphs._graphs  # training gets their memory
 
 
-def test_graphs_are_few_and_shapes_that_take_turns_do_not_push_each_other_out(captured):
+def test_number_of_graphs_is_limited_and_alternating_shapes_do_not_thrash(captured):
     def run(cache, size, times=1):
         for _ in range(times):
             windows = [torch.full((3, size), float(size)) for _ in range(2)]
@@ -291,7 +291,7 @@ def test_graphs_are_few_and_shapes_that_take_turns_do_not_push_each_other_out(ca
     assert len(cache._uses) <= 256
 
 
-def test_reads_are_weights_and_what_modules_keep():
+def test_reads_are_weights_and_cached_tensors():
     layer, kept = nn.Linear(4, 4), torch.randn(4, 4)
     x = torch.randn(2, 4)
     with torch.no_grad(), _Reads(x) as reads:
@@ -301,7 +301,7 @@ def test_reads_are_weights_and_what_modules_keep():
     assert found == {t.data_ptr() for t in (layer.weight, layer.bias, kept)}
 
 
-def test_half_weights_stand_in_for_autocasts_own():
+def test_half_weights_give_the_same_result_as_autocast():
     model = model_in_windows()
     x = torch.randn(1, 3, 64, 96)
     weights = HalfWeights(model, torch.bfloat16, without=(PatchEmbed,))
@@ -319,7 +319,7 @@ def test_half_weights_stand_in_for_autocasts_own():
     assert exchanged == {name for name in own if name.rsplit('.', 1)[0] in layers}
 
 
-def test_marks_tell_what_was_written():
+def test_mark_changes_with_every_write():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
     first = mark_of(model)
     assert mark_of(model) == first
@@ -330,7 +330,7 @@ def test_marks_tell_what_was_written():
 
 
 @pytest.mark.parametrize('backbone', ['VOLO', 'other'])
-def test_reads_are_looked_for_without_compiled_parts(monkeypatch, backbone):
+def test_uncompiled_pass_calls_no_compiled_parts(monkeypatch, backbone):
     called = []
     monkeypatch.setattr(
         torch, 'compile', lambda function, dynamic: lambda *inputs: called.append(1) or function(*inputs)
@@ -358,14 +358,14 @@ def on_gpu(gpu):
 
 @pytest.mark.parametrize('head', ['UPerHead', 'LeanUPerHead'])
 @pytest.mark.parametrize('precision', ['fp32', 'bf16', 'fp16'])
-def test_gpu_graphs_predict_what_the_network_does(on_gpu, precision, head):
+def test_gpu_graphs_predict_like_the_network(on_gpu, precision, head):
     model = on_gpu(head, precision=precision)
     tolerance = dict(rtol=1e-3, atol=1e-3) if precision == 'fp32' else dict(rtol=0.05, atol=0.1)
     for round in range(2):
         for seed in range(5):
             found = logits(model, seed, cuda_graph=None)
             torch.cuda.empty_cache()
-            junk = [torch.full((2**20,), float('nan'), device='cuda') for _ in range(64)]  # over what is free
+            junk = [torch.full((2**20,), float('nan'), device='cuda') for _ in range(64)]  # overwrites free memory
             del junk
             if seed > 3:
                 used = model.network.graphs._used
@@ -408,8 +408,8 @@ def test_gpu_graphs_follow_the_weights(on_gpu, change):
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
-def test_gpu_graphs_outlive_what_modules_keep(on_gpu):
-    """A head that lets its matrices go, whose memory is then given to others."""
+def test_gpu_graphs_outlive_caches_of_modules(on_gpu):
+    """A head frees a cached tensor, whose memory must not be reused."""
     model = on_gpu(precision='fp32')
     kept = {}
 
@@ -437,7 +437,7 @@ def test_gpu_graphs_of_compiled_blocks(on_gpu):
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
 
 
-def test_gpu_networks_that_wait_for_the_device_run_as_before(on_gpu):
+def test_gpu_network_that_synchronises_runs_without_graphs(on_gpu):
     model = on_gpu(precision='fp32')
     expected = logits(model, cuda_graph=False)
     own = model.decode_head.forward

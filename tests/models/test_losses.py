@@ -1,4 +1,4 @@
-"""Losses from bands of rows and by kernel against mmseg's own, from the same heads, and against float64."""
+"""Losses by bands of rows and by the kernel, against mmseg's heads and against float64."""
 
 import importlib.util
 import os
@@ -56,7 +56,7 @@ OPTIONS = {
 @pytest.mark.parametrize('align_corners', [False, True])
 @pytest.mark.parametrize('sizes', [((4, 6), (32, 48)), ((5, 7), (33, 50)), ((9, 4), (9, 4)), ((8, 8), (5, 3))], ids=str)
 @pytest.mark.parametrize('option', OPTIONS)
-def test_loss_accuracy_and_gradient_are_mmsegs(option, sizes, align_corners, monkeypatch):
+def test_loss_accuracy_and_gradient_equal_mmseg(option, sizes, align_corners, monkeypatch):
     monkeypatch.setattr(losses, '_BAND', 2 * 5 * sizes[1][1] * 7)  # seven rows
     stock, lean = heads(OPTIONS[option], align_corners=align_corners)
     logits, data = 3 * torch.randn(2, 5, *sizes[0], dtype=torch.float64), samples(sizes[1])
@@ -68,10 +68,10 @@ def test_loss_accuracy_and_gradient_are_mmsegs(option, sizes, align_corners, mon
 
 
 def test_columns_by_a_matrix_product(monkeypatch):
-    """As on a GPU, where the kernel cannot run."""
+    """As on a GPU where the kernel cannot run."""
     monkeypatch.setattr(losses, '_INTERPOLATES', ())
-    test_loss_accuracy_and_gradient_are_mmsegs('named and weighted', ((5, 7), (33, 50)), False, monkeypatch)
-    test_loss_accuracy_and_gradient_are_mmsegs('plain', ((8, 8), (5, 3)), True, monkeypatch)
+    test_loss_accuracy_and_gradient_equal_mmseg('named and weighted', ((5, 7), (33, 50)), False, monkeypatch)
+    test_loss_accuracy_and_gradient_equal_mmseg('plain', ((8, 8), (5, 3)), True, monkeypatch)
 
 
 def test_all_ignored_and_no_gradient():
@@ -87,7 +87,7 @@ def test_all_ignored_and_no_gradient():
 
 
 def test_class_weights_without_ignored_pixels():
-    """mmseg fails with an IndexError when both are asked for; the mean over counted pixels is the same either way."""
+    """mmseg raises an IndexError for class weights with avg_non_ignore; without ignored pixels the mean is the same."""
     weights = OPTIONS['class weights']
     stock, _ = heads(weights)
     _, lean = heads(dict(weights, avg_non_ignore=True))
@@ -113,7 +113,7 @@ def test_other_losses_are_left_to_mmseg(loss, changes, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-def test_under_autocast_it_is_at_least_as_exact():
+def test_precision_under_autocast_is_at_least_that_of_mmseg():
     stock, lean = heads()
     logits, data = 3 * torch.randn(2, 5, 4, 4), samples((64, 64))
     exact = run(stock, logits.bfloat16().double(), data)
@@ -124,7 +124,7 @@ def test_under_autocast_it_is_at_least_as_exact():
     assert (ours[3] - exact[3]).norm() <= 1.1 * (plain[3] - exact[3]).norm()
 
 
-def test_keeps_nothing_in_the_size_of_the_labels():
+def test_no_tensor_of_the_labels_size_is_kept():
     logits, data, size = torch.randn(2, 5, 4, 4, requires_grad=True), samples((64, 64)), 2 * 5 * 64 * 64
     for head, least, most in zip(heads(), (size, 0), (float('inf'), size / 10), strict=True):
         saved = []
@@ -139,7 +139,7 @@ def test_keeps_nothing_in_the_size_of_the_labels():
         assert least <= kept <= most and found['loss_ce'].requires_grad
 
 
-# By kernel
+# By the kernel
 
 SHAPES = [  # batch, classes, size of the logits, size of the labels, align_corners, ignored label
     (2, 5, (4, 6), (32, 48), False, 255),
@@ -155,7 +155,7 @@ SHAPES = [  # batch, classes, size of the logits, size of the labels, align_corn
 
 
 def drawn(batch, classes, size, out, align_corners, ignore_index, dtype=torch.float32, weighted=False):
-    """Logits, labels, weights in float32, and options."""
+    """Random logits, labels, class weights in float32, and options."""
     logits, labels = 3 * torch.randn(batch, classes, *size), torch.randint(0, classes, (batch, *out))
     labels[torch.rand(labels.shape) < 0.2] = ignore_index
     weights = torch.rand(classes) if weighted else None
@@ -163,7 +163,7 @@ def drawn(batch, classes, size, out, align_corners, ignore_index, dtype=torch.fl
 
 
 def defined(logits, labels, weights, align_corners, ignore_index):
-    """The sum and the right pixels in plain PyTorch."""
+    """The sum and the number of correct pixels in plain PyTorch."""
     large = F.interpolate(logits, labels.shape[1:], mode='bilinear', align_corners=align_corners)
     weights = weights if weights is None else weights.to(logits.dtype)
     total = F.cross_entropy(large, labels, weights, reduction='sum', ignore_index=ignore_index)
@@ -171,7 +171,7 @@ def defined(logits, labels, weights, align_corners, ignore_index):
 
 
 def found(function, logits, labels, weights, options):
-    """Sum, right pixels and a multiple of the gradient."""
+    """The sum, the number of correct pixels and a multiple of the gradient."""
     logits = logits.detach().clone().requires_grad_()
     total, right = function(logits, labels, weights, **options)
     (total * 0.3).backward()
@@ -186,7 +186,7 @@ def check_kernel(shape, dtype, weighted, device='cpu'):
     ours = found(kernel.upsampled_cross_entropy, logits, labels, weights, options)
     assert ours[0].dtype == torch.float32 and ours[2].dtype == dtype
     assert (ours[0] - total).abs() <= 2e-6 * total
-    assert (ours[1] - right).abs() <= 1 + labels.numel() / 1e4  # where float64 tells two logits apart
+    assert (ours[1] - right).abs() <= 1 + labels.numel() / 1e4  # two logits may be equal in float32
     assert (ours[2] - grad).norm() <= (1e-6 + torch.finfo(dtype).eps / 2) * grad.norm()
     if device != 'cpu':
         again = found(kernel.upsampled_cross_entropy, logits, labels, weights, options)
@@ -196,7 +196,7 @@ def check_kernel(shape, dtype, weighted, device='cpu'):
 
 
 def check_broken_numbers(device='cpu'):
-    """Where PyTorch has nan, so has the kernel."""
+    """The kernel returns NaN where PyTorch does."""
     for value in (float('nan'), float('inf'), float('-inf')):
         logits, labels = torch.randn(1, 3, 5, 5, device=device), torch.randint(0, 3, (1, 20, 20), device=device)
         logits[0, 1, 2, 2] = value
@@ -214,7 +214,7 @@ def check_broken_numbers(device='cpu'):
 
 
 def check_head(device='cpu'):
-    """The losses of the whole head are mmseg's."""
+    """The losses of the whole head equal mmseg's."""
     for option in ('plain', 'named and weighted', 'not ignored', 'class weights'):
         stock, lean = heads(OPTIONS[option])
         ignored = 0.0 if option == 'class weights' else 0.2  # mmsegmentation 1.2 fails on both
@@ -259,9 +259,9 @@ def test_kernel_under_tritons_interpreter():
     assert done.returncode == 0 and 'all passed' in done.stdout, done.stderr
 
 
-def test_where_the_kernel_runs(monkeypatch):
+def test_limits_of_the_kernel(monkeypatch):
     class Cuda:
-        """What the rules look at."""
+        """The attributes that the checks read."""
 
         def __init__(self, shape, dtype):
             self.shape, self.dtype, self.device = shape, dtype, torch.device('cuda', 0)
@@ -276,22 +276,22 @@ def test_where_the_kernel_runs(monkeypatch):
     assert why() is None and why(dtype=torch.float32) is None and why((2, 2, 1, 1), (2, 99, 256)) is None
     assert 'float64' in why(dtype=torch.float64) and 'uint8' in why(kind=torch.uint8)
     assert 'no elements' in why(logits=(0, 150, 64, 64), labels=(0, 512, 512))
-    assert 'as large' in why((1, 2**15, 2, 2), (1, 8, 8)) and 'as large' in why((1, 5, 400, 400), (1, 2**16, 2**15))
+    assert 'too large' in why((1, 2**15, 2, 2), (1, 8, 8)) and 'too large' in why((1, 5, 400, 400), (1, 2**16, 2**15))
     assert '128 times the width' in why((1, 5, 4, 4), (1, 512, 512)) and why((1, 5, 2, 4), (1, 512, 508)) is None
     assert why((1, 5, 4, 5), (1, 512, 512), align=True) is not None
     assert 'run on CUDA' in kernel.why_not(torch.ones(1, 5, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long), False)
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_inconsistent_shapes_raise_clear_errors():
     logits, labels = torch.ones(2, 5, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long)
     with pytest.raises(ValueError, match=r'labels must be \(2, H, W\)'):
         kernel.upsampled_cross_entropy(logits, labels)
-    with pytest.raises(ValueError, match='4 weights of classes were given for 5'):
+    with pytest.raises(ValueError, match='got 4 class weights for 5 classes'):
         kernel.upsampled_cross_entropy(logits[:1], labels, torch.ones(4))
 
 
 def spilled(cubin: bytes, path: Path) -> int:
-    """Bytes of the stack and of local memory that a kernel uses for lack of registers."""
+    """Bytes of stack and local memory that a kernel uses for spilled registers."""
     triton = pytest.importorskip('triton')
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
@@ -303,7 +303,7 @@ def spilled(cubin: bytes, path: Path) -> int:
 @pytest.mark.parametrize('capability', [80, 90, 100])
 @pytest.mark.parametrize('dtype', ['fp32', 'bf16'])
 def test_kernel_compiles_without_spills(capability, dtype, tmp_path, monkeypatch):
-    """To machine code, which needs no GPU: the interpreter passes what the compiler refuses."""
+    """Compile to machine code, which needs no GPU: the interpreter accepts invalid code."""
     triton = pytest.importorskip('triton', minversion='3.3')
     from triton.backends.compiler import GPUTarget
 
@@ -339,7 +339,7 @@ def test_kernel_compiles_without_spills(capability, dtype, tmp_path, monkeypatch
     for one in made:
         assert spilled(one.asm['cubin'], tmp_path / 'kernel') == 0 and 'atom' not in one.asm['ptx']
     tight = compiled(backward, 4, 32, WEIGHTED=False, COLUMNS=8, SPAN=16, CLASSES=8, **of_backward)
-    assert spilled(tight.asm['cubin'], tmp_path / 'kernel') > 0  # so that the reading is known to see spills
+    assert spilled(tight.asm['cubin'], tmp_path / 'kernel') > 0  # shows that spilled() sees spills
 
 
 @pytest.mark.gpu
@@ -372,7 +372,7 @@ def test_kernel_on_a_gpu_in_odd_cases(gpu):
 
 
 @pytest.mark.gpu
-def test_bands_on_a_gpu_are_mmsegs(gpu):
+def test_bands_on_a_gpu_equal_mmseg(gpu):
     stock, lean = heads(OPTIONS['named and weighted'])
     logits, data = 3 * torch.randn(2, 5, 8, 8, dtype=torch.float64, device=gpu), samples((64, 64), device=gpu)
     expected, ours, again = (run(head, logits, data)[1:] for head in (stock, lean, lean))
@@ -395,7 +395,7 @@ def test_kernel_under_autocast_with_a_scaler_and_without_waiting(gpu):
                 with torch.autocast(gpu, dtype, enabled=dtype is not None):
                     loss = lean.loss_by_feat(F.conv2d(x, weight), data)['loss_ce']
                 scaler.scale(loss).backward()
-                torch.cuda.set_sync_debug_mode('error')  # the first round made what is kept on the device
+                torch.cuda.set_sync_debug_mode('error')  # from the second round on, when the caches are filled
         finally:
             torch.cuda.set_sync_debug_mode('default')
         results.append((loss.detach(), weight.grad / scaler.get_scale()))
@@ -414,7 +414,7 @@ def test_memory_of_the_kernel(gpu):
     before = torch.cuda.memory_allocated()
     kernel.upsampled_cross_entropy(logits, labels)[0].backward()
     coarse, pixels = 4 * logits.numel(), labels.numel()
-    # The gradient, perhaps a copy of it, and two numbers a pixel; enlarged logits would be 600 MB.
+    # The gradient, perhaps a copy of it, and two numbers per pixel; upsampled logits would take 600 MB.
     assert torch.cuda.max_memory_allocated() - before < 2 * coarse + 6 * pixels + 2**21
 
 

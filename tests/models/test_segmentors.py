@@ -23,7 +23,7 @@ from mmseg_volo.models.volo import Block, PatchEmbed
 
 WHOLE = dict(mode='whole')
 LOGITS = dict(return_logits=True)
-# height and width of the view, of the original, flip: as they are, smaller than the window, and no multiple of 16
+# Height and width of the view, size of the original, flip; one is smaller than the window, one no multiple of 16.
 VIEWS = [
     (96, 160, None, None),
     (100, 150, (75, 112), 'horizontal'),
@@ -58,7 +58,7 @@ def ten_views(image: torch.Tensor, scales=(0.75, 1.0, 1.25, 1.5, 1.75), ori: tup
 @pytest.mark.parametrize('test_cfg', [WHOLE, SLIDE], ids=['whole', 'slide'])
 @pytest.mark.parametrize('view', VIEWS, ids=str)
 @pytest.mark.parametrize('out_channels', [None, 1], ids=['multi', 'single'])
-def test_predictions_and_logits_are_mmsegs(view, test_cfg, align_corners, out_channels):
+def test_predictions_and_logits_equal_mmseg(view, test_cfg, align_corners, out_channels):
     classes = 2 if out_channels else 7
     stock, ours = stock_and_ours(LOGITS, test_cfg=test_cfg, classes=classes, out_channels=out_channels)
     for model in (stock, ours):
@@ -70,7 +70,7 @@ def test_predictions_and_logits_are_mmsegs(view, test_cfg, align_corners, out_ch
     torch.testing.assert_close(got.seg_logits.data, expected.seg_logits.data, rtol=1e-5, atol=1e-4)
     assert got.pred_sem_seg.data.dtype == expected.pred_sem_seg.data.dtype
     assert (got.pred_sem_seg.data == expected.pred_sem_seg.data).float().mean() >= 0.9999
-    assert len(expected.pred_sem_seg.data.unique()) > 1  # else the comparison says little
+    assert len(expected.pred_sem_seg.data.unique()) > 1  # otherwise the comparison means little
 
 
 @pytest.mark.parametrize('test_cfg', [WHOLE, SLIDE], ids=['whole', 'slide'])
@@ -84,11 +84,11 @@ def test_logits_of_a_batch_through_inference(test_cfg):
         assert metas == before
         torch.testing.assert_close(got, stock.inference(inputs, metas), rtol=1e-5, atol=1e-4)
         for sample, expected in zip(ours.predict(inputs), stock.predict(inputs), strict=True):
-            # Two classes may be as likely as rounding can tell.
+            # The probabilities of two classes may differ by rounding only.
             assert (sample.pred_sem_seg.data == expected.pred_sem_seg.data).float().mean() >= 0.9998
 
 
-def test_the_callers_metadata_stays():
+def test_metadata_of_the_caller_is_not_changed():
     _, ours = stock_and_ours()
     data = batch(picture(100, 150), picture(100, 150, seed=1))
     before = [dict(sample.metainfo) for sample in data['data_samples']]
@@ -97,7 +97,7 @@ def test_the_callers_metadata_stays():
         assert {key: sample.metainfo[key] for key in meta} == meta
 
 
-def test_the_default_returns_class_ids_alone():
+def test_default_predictions_have_class_ids_only():
     _, ours = stock_and_ours()
     sample = ours.test_step(batch(picture(100, 150)))[0]
     assert sample.keys() == ['pred_sem_seg']
@@ -109,15 +109,15 @@ def test_the_default_returns_class_ids_alone():
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 100, None])
-def test_windows_run_in_batches_over_pictures(batch_size):
+def test_batches_span_images(batch_size):
     _, ours = stock_and_ours(dict(window_batch=batch_size))
     sizes = []
     ours.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    pictures = [picture(107, 160, seed=i) for i in range(3)]
-    expected = [ours.test_step(batch(one))[0].pred_sem_seg.data for one in pictures]
+    images = [picture(107, 160, seed=i) for i in range(3)]
+    expected = [ours.test_step(batch(one))[0].pred_sem_seg.data for one in images]
     sizes.clear()
-    found = ours.test_step(batch(*pictures))
-    # Six windows a picture; where nobody says, 2**18 pixels or 42 windows a batch.
+    found = ours.test_step(batch(*images))
+    # Six windows per image; the default batch has 2**18 pixels, or 42 windows.
     assert sum(sizes) == 3 * 6 and max(sizes) == min(batch_size or 42, 18)
     for sample, one in zip(found, expected, strict=True):
         assert (sample.pred_sem_seg.data == one).float().mean() >= 0.9999
@@ -137,17 +137,17 @@ def test_a_batch_that_does_not_fit_is_halved():
     assert (ours.test_step(batch(picture(107, 160)))[0].pred_sem_seg.data == expected).float().mean() >= 0.9999
     assert sizes == [4, 2, 1, 1, 1, 1, 1, 1]
     ours.test_step(batch(picture(107, 160)))
-    assert sizes[8:] == [1] * 6  # what fitted is remembered
+    assert sizes[8:] == [1] * 6  # the reduced size is remembered
 
 
 @pytest.mark.parametrize('labelled', [False, True])
 @pytest.mark.parametrize('out_channels', [None, 1], ids=['multi', 'single'])
 @pytest.mark.parametrize('module', ['EncoderDecoder', 'StreamingEncoderDecoder'])
 @pytest.mark.parametrize('test_cfg', [WHOLE, SLIDE], ids=['whole', 'slide'])
-def test_tta_predicts_what_mmsegs_does(test_cfg, module, out_channels, labelled):
+def test_tta_equals_mmseg(test_cfg, module, out_channels, labelled):
     arguments = dict(classes=2 if out_channels else 7, out_channels=out_channels)
     stock, ours = stock_and_ours(LOGITS, test_cfg=test_cfg, **arguments)
-    if out_channels:  # mmseg's average of twice the sigmoid lies above 0.5
+    if out_channels:  # mmseg averages a sigmoid of a sigmoid, which is above 0.5
         stock.decode_head.threshold = ours.decode_head.threshold = 0.62
     if module == 'EncoderDecoder':
         ours = copy.deepcopy(stock)
@@ -188,7 +188,7 @@ def test_a_single_class_without_the_second_sigmoid():
     assert got.unique().tolist() == [0, 1]
 
 
-def test_tta_of_pictures_that_differ_and_of_two_at_once():
+def test_tta_of_two_different_images():
     stock, ours = stock_and_ours()
     reference, merged = SegTTAModel(module=stock).eval(), StreamingTTAModel(module=ours).eval()
     one, two = ten_views(picture(100, 150)), ten_views(picture(100, 150, seed=1), ori=(50, 75))
@@ -199,7 +199,7 @@ def test_tta_of_pictures_that_differ_and_of_two_at_once():
             assert (got.pred_sem_seg.data == expected).float().mean() >= 0.9999
 
 
-def test_tta_with_a_preprocessor_of_ones_own():
+def test_tta_with_a_custom_preprocessor():
     @MODELS.register_module(force=True)
     class Inverted(MODELS.get('SegDataPreProcessor')):
         def forward(self, data, training=False):
@@ -216,7 +216,7 @@ def test_tta_with_a_preprocessor_of_ones_own():
 @pytest.mark.parametrize(
     'test_cfg', [None, dict(size=(120, 200)), dict(size_divisor=32)], ids=['none', 'size', 'size_divisor']
 )
-def test_tta_pads_as_the_preprocessor_does(test_cfg):
+def test_tta_pads_like_the_preprocessor(test_cfg):
     pre = dict(segmentor_config().data_preprocessor, test_cfg=test_cfg)
     stock, ours = stock_and_ours(
         data_preprocessor=pre, test_cfg=dict(mode='slide', crop_size=(50, 70), stride=(31, 64))
@@ -227,8 +227,8 @@ def test_tta_pads_as_the_preprocessor_does(test_cfg):
     assert (got == expected).float().mean() >= 0.9999
 
 
-def test_other_heads_and_cascades_keep_their_own_resize():
-    """Heads with a ``predict`` of their own, and segmentors with another ``encode_decode``."""
+def test_other_heads_and_cascades_keep_their_resize():
+    """Heads with their own ``predict_by_feat``, and segmentors with another ``encode_decode``."""
 
     @MODELS.register_module(force=True)
     class Doubling(MODELS.get('UPerHead')):
@@ -263,8 +263,8 @@ def test_other_heads_and_cascades_keep_their_own_resize():
         StreamingTTAModel(module=SegTTAModel(module=stock))
 
 
-def test_real_pictures(camvid):
-    """Full-size CamVid pictures, windows and ten views; the weights are random."""
+def test_real_images(camvid):
+    """Full-size CamVid images, with windows and ten views; the weights are random."""
     stock, ours = stock_and_ours(LOGITS, test_cfg=dict(mode='slide', crop_size=(224, 224), stride=(149, 149)))
     reference, merged = SegTTAModel(module=stock).eval(), StreamingTTAModel(module=ours).eval()
     for path in sorted((camvid / 'images/val').iterdir())[:2]:
@@ -276,8 +276,8 @@ def test_real_pictures(camvid):
         assert (got == expected).float().mean() >= 0.9999 and len(expected.unique()) > 3
 
 
-def test_the_picture_may_carry_gradients():
-    """``inference`` is a function of the picture, as in mmseg, where people differentiate through it."""
+def test_gradients_flow_to_the_image():
+    """``inference`` is differentiable with respect to the image, as in mmseg."""
     stock, ours = stock_and_ours()
     gradients = []
     for model in (stock, ours):
@@ -297,7 +297,7 @@ def test_precision(precision):
     difference = (low.seg_logits.data - full).abs().max() / full.abs().max()
     assert low.seg_logits.data.dtype == torch.float32
     assert difference == 0 if precision == 'fp32' else 1e-6 < difference < 0.1
-    with torch.autocast('cpu', dtype=torch.bfloat16):  # fp32 means it; without a wish the caller's autocast holds
+    with torch.autocast('cpu', dtype=torch.bfloat16):  # a set precision overrides the caller's autocast
         again = ours.test_step(batch(picture(100, 150)))[0].seg_logits.data
     assert torch.equal(again, low.seg_logits.data)
 
@@ -313,7 +313,7 @@ def test_channels_last():
     assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
 
 
-def test_compile_is_by_region_for_volo_and_of_the_whole_for_others(monkeypatch):
+def test_volo_is_compiled_by_region_and_other_networks_as_a_whole(monkeypatch):
     @MODELS.register_module(force=True)
     class Pooling(nn.Module):
         def forward(self, x):
@@ -353,8 +353,8 @@ def test_compile_is_by_region_for_volo_and_of_the_whole_for_others(monkeypatch):
 
 
 @pytest.mark.slow
-def test_really_compiled():
-    """Inductor, with windows of several shapes and batches of several sizes."""
+def test_compiled_by_inductor():
+    """With windows of several shapes and batches of several sizes."""
     _, ours = stock_and_ours(LOGITS)
     merged = StreamingTTAModel(module=ours).eval()
     plain = merged.test_step(ten_views(picture(100, 150)))[0].seg_logits.data
@@ -363,7 +363,7 @@ def test_really_compiled():
     torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-4)
 
 
-def test_wrong_options_are_named():
+def test_wrong_options_raise_clear_errors():
     for wrong, message in (
         (dict(precision='int8'), "precision must be one of fp32, bf16, fp16, got 'int8'"),
         (dict(mode='slide', crop_size=(64, 64), stride=(65, 64)), r'stride must be within 1\.\.\.crop_size'),
@@ -387,7 +387,7 @@ from mmseg_volo import StreamingTTAModel
 init_default_scope('mmseg')
 torch.set_num_threads(2)
 model = StreamingTTAModel(module=build(classes=150, test_cfg=dict(mode='slide', crop_size={window}, stride={stride})))
-model.test_step(ten_views(picture(64, 96)))  # libraries, thread pools
+model.test_step(ten_views(picture(64, 96)))  # loads libraries, starts thread pools
 data = ten_views(picture(*{size}))
 Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
 memory = lambda key: int(re.search(key + r':\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]) / 1024
@@ -398,7 +398,7 @@ print(json.dumps(dict(grown=memory('VmHWM') - before, classes=sample.pred_sem_se
 
 
 def grown(**numbers) -> float:
-    """MiB that a process grows by while it predicts ten views at 150 classes."""
+    """Growth of a process in MiB while it predicts ten views with 150 classes."""
     code = MEMORY.format(tests=str(Path(__file__).parent), **numbers)
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -412,15 +412,15 @@ linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc/sel
 
 @linux_only
 def test_memory_does_not_grow_with_views_and_height():
-    """One view's logits at 1.75 would take 560 MiB for the low picture and twice that for the high one."""
+    """The logits of one view at scale 1.75 would take 560 MiB for the low image and twice that for the high one."""
     low = grown(size=(448, 720), window=(128, 128), stride=(85, 85))
     high = grown(size=(896, 720), window=(128, 128), stride=(85, 85))
-    # Class ids and the views' pixels grow; what is above that differs from heap to heap.
+    # Class ids and pixels of the views grow with the height; the rest depends on the heap.
     assert low < 200 and high < 1.3 * low, (low, high)
 
 
 @pytest.mark.slow
 @linux_only
 def test_memory_of_24_megapixels():
-    """6000 x 4000, 150 classes, ten views, window 512: mmseg needs 14 GB for one view's logits."""
+    """6000 x 4000 pixels, 150 classes, ten views, window 512; mmseg needs 14 GB for the logits of one view."""
     assert grown(size=(4000, 6000), window=(512, 512), stride=(341, 341)) < 4096

@@ -1,4 +1,4 @@
-"""The matrices of an axis against the chain of resizes that they stand for."""
+"""The matrices of an axis against mmseg's chain of resizes."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,12 @@ def resized(x: torch.Tensor, size: int, align_corners: bool) -> torch.Tensor:
     [
         (96, 64, 43, 8, 91, 0, 5),  # an overlap, padding at the end
         (200, 64, 20, 8, 130, 3, 0),  # every pixel in up to four windows
-        (48, 64, 43, 6, 70, 0, 0),  # smaller than the window, enlarged
+        (48, 64, 43, 6, 70, 0, 0),  # smaller than the window, upsampled
         (128, 64, 64, 64, 128, 0, 0),  # no overlap, logits of the window's size
         (64, 64, 64, 9, 1, 0, 1),
     ],
 )
-def test_the_matrix_is_the_resizes_of_mmseg(length, window, stride, size, out, before, after, flip, align_corners):
+def test_matrix_equals_the_resizes_of_mmseg(length, window, stride, size, out, before, after, flip, align_corners):
     axis = Axis(length, window, stride, out, before, after, flip, align_corners)
     logits = torch.randn(len(axis.starts), size, dtype=torch.float64)
     total, count = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
@@ -47,12 +47,12 @@ def test_the_matrix_is_the_resizes_of_mmseg(length, window, stride, size, out, b
         torch.testing.assert_close(got, expected[first:last], rtol=1e-5, atol=1e-5)
 
 
-def test_a_short_band_takes_few_windows_and_few_logits():
+def test_short_band_needs_few_windows_and_few_logits():
     axis = Axis(10500, 512, 341, 6000)
     assert len(axis.starts) == 31 and axis.windows(0, 64) == [0] and axis.windows(3000, 3064) == [14, 15]
     plan = axis.plan(64, 64, CPU)
     assert max(piece.matrix.shape[1] for piece in plan) < 60
-    # Window 14 begins at pixel 4774 of the view, or 2728 of the result; 64 logits are its 512 pixels.
+    # Window 14 starts at pixel 4774 of the view, which is 2728 of the result; its 512 pixels have 64 logits.
     assert plan[2700 // 64].needed[14] == (0, 64) and 14 not in plan[3100 // 64].needed
     low, high = plan[2900 // 64].needed[14]
     assert high == 64 and 30 < low < 40
@@ -69,12 +69,12 @@ def linear(out: int, size: int, align_corners: bool) -> np.ndarray:
     ('length', 'window', 'stride', 'size', 'out', 'step'),
     [
         (200, 64, 20, 8, 130, 40),  # every pixel in up to four windows
-        (96, 64, 43, 8, 300, 64),  # enlarged
-        (900, 32, 32, 4, 5, 2),  # so much smaller that no pixel of some windows counts
+        (96, 64, 43, 8, 300, 64),  # upsampled
+        (900, 32, 32, 4, 5, 2),  # so small that some windows have no pixel in the result
         (70, 70, 70, 9, 70, 512),  # one window, one piece
     ],
 )
-def test_the_matrix_is_the_dense_product(length, window, stride, size, out, step, align_corners):
+def test_matrix_equals_the_dense_product(length, window, stride, size, out, step, align_corners):
     axis = Axis(length, window, stride, out, align_corners=align_corners)
     hits = np.zeros(length)
     for start in axis.starts:

@@ -1,4 +1,4 @@
-"""The backbone against timm's VOLO, and the promises of its docstring."""
+"""The backbone against timm's VOLO and its own docstring."""
 
 import copy
 import math
@@ -14,10 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from mmseg_volo import ARCHS, VOLO
 from mmseg_volo.checkpoints.pretrained import CLASSIFIER
 from mmseg_volo.models.volo import Block, PatchEmbed, call_block, call_stem, resize_pos_embed
-from mmseg_volo.ops.linear import LayerNorm
+from mmseg_volo.ops.layers import LayerNorm
 
-# All five variants' parts at a size that takes milliseconds.
-# Not 16 in the stem: oneDNN then gets the 4 x 4 projection wrong in bfloat16 on CPUs with AMX.
+# The parts of all variants at a size that takes milliseconds. The stem width is not 16, with which oneDNN computes the
+# 4 x 4 projection wrongly in bfloat16 on CPUs with AMX.
 TINY = dict(depths=(2, 1, 2, 1), dims=(48, 96, 96, 96), heads=(2, 4, 4, 4), mlp_ratios=2, stem_width=8)
 
 
@@ -28,7 +28,7 @@ def tiny(**kwargs) -> VOLO:
 
 
 def timm_pair(arch: str, **kwargs):
-    """timm's model and ours with the same random weights, every one of them drawn, zeros and ones included."""
+    """timm's model and ours with the same weights, all random, also those that timm initialises to zero or one."""
     theirs = timm.create_model(f'volo_{arch}_224', pretrained=False).eval()
     with torch.no_grad():
         for name, tensor in theirs.state_dict().items():
@@ -81,7 +81,7 @@ def test_parameter_count_is_timms_without_the_class_part(arch):
 
 
 @pytest.mark.parametrize('size', [(32, 32), (224, 224), (96, 160), (111, 113), (33, 500)], ids=str)
-def test_any_size_gives_maps_of_the_ceiling(size):
+def test_any_input_size_gives_maps_of_the_rounded_up_size(size):
     model = tiny().eval()
     with torch.no_grad():
         outs = model(torch.randn(2, 3, *size))
@@ -98,7 +98,7 @@ def test_padding_is_zeros_at_the_right_and_the_bottom():
             torch.testing.assert_close(a, b[..., : a.shape[2], : a.shape[3]])
 
 
-def test_too_small_an_image_is_refused():
+def test_small_image_is_rejected():
     with pytest.raises(ValueError, match='at least 32 x 32 pixels, got 31 x 64'):
         tiny()(torch.randn(1, 3, 31, 64))
 
@@ -132,7 +132,7 @@ def test_every_parameter_gets_a_gradient(with_cp):
     model = tiny(with_cp=with_cp).train()
     sum(out.square().mean() for out in model(torch.randn(2, 3, 64, 48))).backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    # The mean square of a LayerNorm's output hardly depends on its input, but it does through weight and bias.
+    # The mean square of a LayerNorm's output depends on its weight and bias, and through eps a little on its input.
     assert not without
 
 
@@ -165,14 +165,14 @@ def test_stochastic_depth_grows_over_all_blocks_and_spares_the_outlookers():
     assert rates == pytest.approx([0, 0, 0.2, 0.3, 0.4, 0.5])
 
 
-def test_pos_embed_is_kept_in_eval_mode_and_never_outlives_its_weights():
+def test_pos_embed_is_cached_in_eval_mode_until_the_weights_change():
     model = tiny().eval()
     x = torch.randn(1, 3, 96, 128)
     with torch.no_grad():
         first = model(x)
-        kept = next(iter(model._grids.values()))
+        cached = next(iter(model._grids.values()))
         model(x)
-        assert next(iter(model._grids.values())) is kept and len(model._grids) == 1
+        assert next(iter(model._grids.values())) is cached and len(model._grids) == 1
         model.pos_embed.add_(1.0)
         fresh = copy.deepcopy(model)
         fresh.train().eval()
@@ -185,7 +185,7 @@ def test_pos_embed_is_kept_in_eval_mode_and_never_outlives_its_weights():
         for side in range(2, 40):
             model(torch.randn(1, 3, 32, 16 * side))
         assert len(model._grids) <= 16
-    model(x)[3].sum().backward()  # with gradients nothing kept is used
+    model(x)[3].sum().backward()  # with gradients the cache is not used
     assert model.pos_embed.grad.abs().sum() > 0
 
 
@@ -219,7 +219,7 @@ def test_norm_eval_freezes_the_statistics_only():
     assert model.network[0].training
 
 
-def test_sync_bn_becomes_bn_where_it_cannot_work():
+def test_sync_bn_becomes_bn_without_a_gpu():
     model = tiny(norm_cfg=dict(type='SyncBN', requires_grad=True))
     kind = nn.SyncBatchNorm if torch.cuda.is_available() else nn.BatchNorm2d
     assert type(model.patch_embed.conv[1]) is kind
@@ -245,8 +245,8 @@ def test_half_precision_weights_run():
         assert all(o.dtype == torch.bfloat16 for o in model(torch.randn(1, 3, 80, 64, dtype=torch.bfloat16)))
 
 
-def test_torch_export_traces_one_graph():
-    """What torch.compile needs: no graph break, in eval mode with the kept embeddings too."""
+def test_torch_compile_makes_one_graph():
+    """No graph break, also in eval mode with cached embeddings."""
     model = tiny().eval()
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -270,11 +270,11 @@ def test_regions_compile_once_for_all_blocks_and_few_times_for_all_sizes():
         for x, outs in zip(inputs, expected, strict=True):
             for a, b in zip(model(x), outs, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    # Stem, first Outlooker, Outlookers and transformers for any size, and again for one picture: not for each shape.
+    # The stem, the first Outlooker, other Outlookers and transformers, each once for batches and once for one image.
     assert counter.frame_count <= 9
 
 
-def drawn_norms(model: nn.Module) -> nn.Module:
+def randomise_norms(model: nn.Module) -> nn.Module:
     for norm in model.modules():
         if isinstance(norm, nn.BatchNorm2d):
             norm.running_mean.normal_()
@@ -285,12 +285,12 @@ def drawn_norms(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize('norm', ['BN', 'without weights', 'GN'])
-def test_the_stem_with_its_norms_folded_is_the_stem(norm):
-    """In eval mode on a CPU; with gradients, and in training, the norms stay what they are."""
+def test_folding_the_norms_does_not_change_the_stem(norm):
+    """In eval mode on a CPU; with gradients and in training the norms are not folded."""
     norm_cfg = dict(type='GN', num_groups=4) if norm == 'GN' else dict(type='BN', affine=norm == 'BN')
     stem = PatchEmbed(3, 16, 48, norm_cfg).eval()
     if norm == 'BN':
-        drawn_norms(stem)
+        randomise_norms(stem)
     x, calls = torch.randn(2, 3, 64, 96), []
     expected = stem.double().proj(stem.conv(x.double())).permute(0, 2, 3, 1).detach()
     stem.float().conv[4].register_forward_hook(lambda *_: calls.append(1))
@@ -320,7 +320,7 @@ def test_gpu_norm_without_gradients_keeps_half_precision(gpu):
         assert norm(x.bfloat16()).dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(norm(x), F.layer_norm(x, [48], norm.weight, norm.bias))
-    # Half a unit in the last of 8 bits of the result, and of weight and bias.
+    # Half a unit in the last place of 8 bits, for the result, the weight and the bias.
     limit = (expected.abs() + (expected - norm.bias).abs() + norm.bias.abs()) * 2**-8
     assert ((low.double() - expected).abs() <= limit + 1e-6).all()
 
@@ -333,7 +333,7 @@ def test_gpu_runs_in_half_precision_and_compiled(gpu):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_the_registry_builds_it_and_deepcopy_keeps_it_whole():
+def test_registry_and_deepcopy():
     model = MODELS.build(dict(type='VOLO', arch=TINY, img_size=64, in_channels=4)).eval()
     x = torch.randn(1, 4, 64, 96)
     with torch.no_grad():
@@ -357,6 +357,6 @@ def test_the_registry_builds_it_and_deepcopy_keeps_it_whole():
         (dict(img_size=16), 'at least 32 pixels a side, got 16'),
     ],
 )
-def test_bad_arguments_are_named(kwargs, message):
+def test_bad_arguments_raise_clear_errors(kwargs, message):
     with pytest.raises(ValueError, match=message):
         VOLO(**{'arch': TINY, **kwargs})

@@ -1,4 +1,4 @@
-"""Outlook attention against four loops in float64, timm's module, gradcheck, onnxruntime, and its own definition."""
+"""Outlook attention against four loops in float64, timm's module, gradcheck, onnxruntime and its plain definition."""
 
 import importlib.util
 import json
@@ -101,7 +101,7 @@ def test_module_equals_timms(size, stride):
 
 @pytest.mark.parametrize('impl', ['reference', 'slices', 'auto'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_dtype_stays_and_precision_is_that_of_the_dtype(dtype, impl):
+def test_output_has_the_dtype_of_v_and_its_precision(dtype, impl):
     v, logits, kwargs = inputs(6, 8, 3, 2, 1)
     exact = outlook_attention(v, logits, **kwargs)
     out = outlook_attention(v.to(dtype), logits.to(dtype), **kwargs, impl=impl)
@@ -109,7 +109,7 @@ def test_dtype_stays_and_precision_is_that_of_the_dtype(dtype, impl):
     assert (out.double() - exact).norm() / exact.norm() < 20 * math.sqrt(9) * torch.finfo(dtype).eps
 
 
-# Fused against plain, by their distance to float64
+# Fused against plain, by the error to float64
 
 SHAPES = [  # batch, height, width, heads, channels of a head, stride, padding
     (1, 64, 64, 6, 32, 2, 1),  # VOLO-D1, 512 x 512 pixels
@@ -140,12 +140,12 @@ def run(impl, tensors, kwargs):
 
 
 def check_accuracy(tensors, kwargs, dtype):
-    # Both are held against the exact result for the numbers they are given, after rounding.
+    # Both are compared with the exact result for the rounded inputs.
     low = [tensor.to(dtype) for tensor in tensors]
     exact = run('reference', [tensor.double() for tensor in low], kwargs)
     for x, plain, ours in zip(exact, run('reference', low, kwargs), run('fused', low, kwargs), strict=True):
         assert ours.dtype == dtype and ours.shape == x.shape
-        rounding = torch.finfo(dtype).eps / 8 * x.norm()  # where the plain path happens to round nothing
+        rounding = torch.finfo(dtype).eps / 8 * x.norm()  # in case the plain path happens to be exact
         assert (ours - x).norm() <= 2 * (plain - x).norm() + rounding
 
 
@@ -190,7 +190,7 @@ for batch, height, width, heads, dim, stride, padding in json.loads(sys.argv[1])
         found = out, *gpu.backward(grad.to(dtype), *low, 0.2, stride, padding)
         errors = [((x - y).norm() / y.norm()).item() for x, y in zip(found, (exact.detach(), a.grad, b.grad))]
         if dtype == torch.bfloat16:
-            errors.pop()  # the interpreter multiplies matrices of bfloat16 by their bits
+            errors.pop()  # the interpreter multiplies bfloat16 matrices as integers
         print(json.dumps([torch.finfo(dtype).eps, *errors]))
 """
 
@@ -205,14 +205,14 @@ def test_gpu_kernels_under_tritons_interpreter():
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('[')]
     assert len(lines) == 9
     for eps, *errors in lines:
-        assert max(errors) < 3 * eps, lines  # the interpreter cuts bfloat16 off where a GPU rounds
+        assert max(errors) < 3 * eps, lines  # the interpreter truncates to bfloat16, a GPU rounds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('capability', [80, 90, 100])
 @pytest.mark.parametrize('dtype', ['fp32', 'fp16', 'bf16'])
 def test_gpu_kernels_compile(capability, dtype, tmp_path, monkeypatch):
-    """To machine code, which needs no GPU, with few registers spilled: the interpreter passes what compilers refuse."""
+    """Compile to machine code, which needs no GPU, with few spilled registers: the interpreter accepts invalid code."""
     triton = pytest.importorskip('triton', minversion='3.3')
     from triton.backends.compiler import GPUTarget
 
@@ -240,12 +240,12 @@ def test_gpu_kernels_compile(capability, dtype, tmp_path, monkeypatch):
         tools = Path(triton.__file__).parent / 'backends/nvidia/bin'
         command = [tools / 'cuobjdump', '--dump-resource-usage', cubin]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        # What is spilled lies on the stack: up to 128 bytes, by compilers that were tried.
+        # Registers are spilled to the stack: up to 128 bytes with the compilers tried.
         assert int(re.search(r'STACK:(\d+) ', usage)[1]) <= (160 if kernel is gpu._cells_kernel else 0), usage
 
 
 @needs_numba
-def test_same_bits_in_each_run_and_with_any_threads(monkeypatch):
+def test_results_are_bitwise_equal_in_each_run_and_with_any_number_of_threads(monkeypatch):
     from mmseg_volo.ops import cpu
 
     tensors, kwargs = drawn(2, 30, 22, 6, 32, 2, 1)
@@ -256,7 +256,7 @@ def test_same_bits_in_each_run_and_with_any_threads(monkeypatch):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results += [run('fused', tensors, kwargs), run('fused', tensors, kwargs)]
-        monkeypatch.setattr(cpu, '_openmp', lambda: None)  # as on systems where PyTorch's OpenMP cannot be called
+        monkeypatch.setattr(cpu, '_openmp', lambda: None)  # as on systems without PyTorch's OpenMP
         results.append(run('fused', tensors, kwargs))
     finally:
         torch.set_num_threads(before)
@@ -265,7 +265,7 @@ def test_same_bits_in_each_run_and_with_any_threads(monkeypatch):
 
 
 @needs_numba
-def test_large_logits_and_broken_numbers():
+def test_large_logits_nan_and_infinity():
     v, logits, kwargs = inputs(6, 8, 3, 2, 1, dtype=torch.float32, dim=32)
     logits[0, 0, 0] = 1e4 * torch.randn_like(logits[0, 0, 0])
     logits[0, 1, 1, 0, 0] = torch.tensor([0.0] * 4 + [float('-inf')] * 5)
@@ -287,25 +287,25 @@ def test_large_logits_and_broken_numbers():
 @pytest.mark.parametrize('impl', ['auto', 'fused', 'slices', 'reference'])
 def test_inputs_need_not_be_contiguous(impl):
     v, logits, kwargs = inputs(6, 8, 3, 2, 1, dtype=torch.float32)
-    turned = v.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    apart = torch.stack([logits, logits], dim=-1)[..., 0]
-    assert not turned.is_contiguous() and not apart.is_contiguous()
+    permuted = v.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    strided = torch.stack([logits, logits], dim=-1)[..., 0]
+    assert not permuted.is_contiguous() and not strided.is_contiguous()
     expected = outlook_attention(v, logits, **kwargs, impl=impl)
-    torch.testing.assert_close(outlook_attention(turned, apart, **kwargs, impl=impl), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(outlook_attention(permuted, strided, **kwargs, impl=impl), expected, rtol=0, atol=1e-6)
 
 
-# As an operator of PyTorch
+# As a PyTorch operator
 
 
 @needs_numba
-def test_operator_is_registered_rightly():
+def test_operator_passes_opcheck():
     (v, logits, _), _ = drawn(1, 6, 8, 2, 8, 2, 1)
     tensors = [tensor.float().requires_grad_() for tensor in (v, logits)]
     torch.library.opcheck(fused.outlook_attention_fused, (*tensors, 0.4, 2, 1))
 
 
 @needs_numba
-def test_compiled_it_is_one_node():
+def test_torch_compile_sees_one_node():
     graphs = []
 
     def backend(graph, example):
@@ -348,7 +348,7 @@ def tiny(**options) -> VOLO:
 
 
 def trained(model, steps=2) -> list[torch.Tensor]:
-    """Parameters after some steps of AdamW."""
+    """The parameters after some steps of AdamW."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     torch.manual_seed(1)
     for _ in range(steps):
@@ -359,15 +359,15 @@ def trained(model, steps=2) -> list[torch.Tensor]:
 
 
 @needs_numba
-def test_two_steps_end_where_the_plain_path_ends(monkeypatch):
+def test_two_training_steps_equal_those_of_the_plain_path(monkeypatch):
     ours = trained(tiny(out_norm=False))
-    monkeypatch.setattr(fused, 'why_not', lambda *args, **kwargs: 'as the test wants it')
+    monkeypatch.setattr(fused, 'why_not', lambda *args, **kwargs: 'disabled by the test')
     plain = trained(tiny(out_norm=False))
     start = [p.detach() for p in tiny(out_norm=False).parameters()]
     moved = max((p - s).abs().max() for p, s in zip(plain, start, strict=True))
     assert moved > 1e-3
     for one, other in zip(ours, plain, strict=True):
-        # Adam divides by the root of squared gradients, so a gradient that is all rounding can move by a full step.
+        # Adam normalises gradients, so a parameter whose gradient is rounding error may move by a full step.
         assert (one - other).abs().quantile(0.99) < 1e-5
 
 
@@ -383,11 +383,11 @@ def test_checkpointing_and_ddp(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-# Choice
+# The choice of 'auto'
 
 
 @needs_numba
-def test_auto_takes_what_can_run(caplog):
+def test_auto_picks_an_implementation_that_can_run(caplog):
     v, logits, kwargs = inputs(6, 8, 3, 2, 1, dtype=torch.float32)
     choice = lambda a, b, **other: ops._choose(a, b, {**kwargs, **other})  # noqa: E731
     assert choice(v, logits)[0] == 'fused' and choice(v.bfloat16(), logits.bfloat16())[0] == 'fused'
@@ -416,11 +416,11 @@ def test_auto_takes_what_can_run(caplog):
     assert level == logging.DEBUG and 'slices, not fused: the CPU kernels take float32 or bfloat16' in line
 
 
-def test_gpu_rules(monkeypatch):
+def test_limits_of_the_gpu_kernels(monkeypatch):
     monkeypatch.setattr(fused, 'what_is_missing', lambda device, index: None)
 
     class Cuda:
-        """What the rules look at."""
+        """The attributes that the checks read."""
 
         def __init__(self, shape, dtype=torch.bfloat16):
             self.shape, self.dtype, self.device = shape, dtype, torch.device('cuda', 0)
@@ -440,7 +440,7 @@ def test_gpu_rules(monkeypatch):
 WITHOUT = """
 import sys
 import torch
-sys.modules['numba'] = sys.modules['triton'] = None  # as if they were not installed
+sys.modules['numba'] = sys.modules['triton'] = None  # as if not installed
 import mmseg_volo
 v, logits = torch.randn(1, 4, 4, 32), torch.randn(1, 2, 2, 1, 9, 9)
 mmseg_volo.ops.outlook_attention(v, logits, scale=1.0, stride=2)
@@ -492,7 +492,7 @@ def test_exports_to_onnx_without_unfold(tmp_path, size):
     torch.testing.assert_close(torch.from_numpy(out), module(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 does not say that it exports')
+@pytest.mark.skipif(not hasattr(torch.compiler, 'is_exporting'), reason='PyTorch 2.6 has no is_exporting')
 def test_torch_export_sees_plain_operators():
     module, x = OutlookAttention(64, 2, kernel_size=3, stride=2, padding=1).eval(), torch.randn(2, 8, 8, 64)
     program = torch.export.export(module, (x,))

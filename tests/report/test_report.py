@@ -1,4 +1,4 @@
-"""The page that ``tools/report.py`` writes, from work dirs as mmengine and the hook leave them."""
+"""The report of ``tools/report.py`` on work dirs like those that mmengine and the evaluation hook write."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ import pytest
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.report import write_report
 from mmseg_volo.report.figures import Series, confusions, curves, heat_map
-from mmseg_volo.report.reading import flat_config, read_run, read_runs, setting
+from mmseg_volo.report.reading import flat_config, read_run, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """model = dict(
@@ -38,7 +38,7 @@ VOID = ('meta', 'img', 'br', 'hr', 'input', 'link')
 
 
 class Page(HTMLParser):
-    """What a reader without eyes, a network or scripts would ask of a page."""
+    """Parse a page and check that it works with a screen reader, without network and without scripts."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -84,8 +84,8 @@ class Page(HTMLParser):
                 target = found.get(name, '#')
                 assert target.startswith(('#', 'data:image/'))
                 assert not target.startswith('#') or target == '#' or target[1:] in ids
-        pictures = [i for i, (tag, _) in enumerate(self.tags) if tag == 'svg']
-        assert all(self.tags[i - 1][1].get('role') == 'img' for i in pictures)
+        plots = [i for i, (tag, _) in enumerate(self.tags) if tag == 'svg']
+        assert all(self.tags[i - 1][1].get('role') == 'img' for i in plots)
         self.text = re.sub(r'\s+', ' ', self.text)
         return self
 
@@ -107,7 +107,7 @@ def write_stamp(folder: Path, stamp: str, rows=(), log: str = LOG, config: str =
 
 
 def write_record(stamp: Path, name: str = 'test', confusion=((90, 10), (40, 60)), classes=('road', 'sky'), **more):
-    """A record with two pictures, the second of which is gone."""
+    """Write a record with two images, of which the second does not exist."""
     place = stamp / 'evaluation'
     (place / 'pictures').mkdir(parents=True, exist_ok=True)
     image = stamp / 'seen.png'
@@ -154,7 +154,7 @@ def page_of(*folders: Path) -> Page:
 
 
 def tool(*arguments) -> int | str | None:
-    """Run the tool's main as the command line does; what it ends with."""
+    """Run the tool; return its exit status or message."""
     spec = importlib.util.spec_from_file_location('report_tool', ROOT / 'tools/report.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -167,7 +167,7 @@ def tool(*arguments) -> int | str | None:
         sys.argv = before
 
 
-def test_one_run_has_everything(tmp_path):
+def test_the_report_of_one_run(tmp_path):
     folder = small_run(tmp_path / 'run')
     (folder / 'iter_40.pth').touch()
     assert tool(folder) == 0
@@ -181,15 +181,15 @@ def test_one_run_has_everything(tmp_path):
         'Best validation mIoU (%) 30.00',
         'Last validation mIoU (%) 25.00',
         'Training: seed 7',
-        'Training, pictures a second 16',  # 4 pictures on each of 2 processes in half a second
+        'Training, images per second 16',  # 4 images on each of 2 processes in half a second
         'Peak GPU memory in training (MB) 1,234',
         'sky taken for road: 40 pixels, 40.0% of sky.',
-        'gone/away.png is not there any more.',
-        'Expected calibration error 0.100. The model claims more than it keeps',
+        'gone/away.png no longer exists.',
+        'measured on one labelled pixel in 49, on a regular grid. The model is overconfident.',
         'max_iters=40',
     ):
         assert text in page.text, text
-    # IoU, accuracy and the counts behind them.
+    # IoU, accuracy and pixel counts.
     assert re.search(r'road 64\.29 90\.00 100 130 90', page.text) and re.search(
         r'sky 54\.55 60\.00 100 70 60', page.text
     )
@@ -200,11 +200,11 @@ def test_one_run_has_everything(tmp_path):
         'least 0.0375 at iteration 40. '
         'validation: 0.5 at iteration 20, 0.25 at iteration 40, least 0.25 at iteration 40.'
     ) in labels
-    assert 'Of one labelled pixel in 49, on a regular grid.' in page.text
+
     assert 'Validation mIoU. 30 at iteration 20, 25 at iteration 40, greatest 30 at iteration 20.' in labels
     alts = [found['alt'] for tag, found in page.tags if tag == 'img']
-    assert len(alts) == 7  # one of two images is gone
-    assert 'Truth: road 44%, sky 44%, not labelled 12%' in alts
+    assert len(alts) == 7  # one of two images does not exist
+    assert 'Ground truth: road 44%, sky 44%, not labelled 12%' in alts
     assert 'Errors: 50.0% of the labelled pixels are wrong, most of all sky taken for road (50.0%).' in alts
     sizes = {(found['width'], found['height']) for tag, found in page.tags if tag == 'img'}
     assert sizes == {('480', '32')}
@@ -225,15 +225,16 @@ def test_several_runs_are_compared(tmp_path):
     )
     assert 'a/run: 0.2 at iteration 10' in loss and 'b/run: 0.2 at iteration 10' in loss
     assert any('a/run, training: 0.15' in found.get('aria-label', '') for _, found in page.tags)
-    # Lines differ in dashes and markers, not in colour alone.
-    drawn = curves('Loss', 'loss', [Series('a', [1, 2], [1, 2]), Series('b', [1, 2], [2, 1])]).svg
+    # Lines differ in dashes and markers, not only in colour.
+    drawn = curves('Loss', 'loss', [Series('a', [(1, 1), (2, 2)]), Series('b', [(1, 2), (2, 1)])], 'least').svg
     assert 'stroke-dasharray' in drawn and 'var(--s0)' in drawn and 'var(--s1)' in drawn
-    steep = Series('a', [1, 2], [1, 2000])
-    assert '>1000<' in curves('Loss', 'loss', [steep], log=True).svg
+    steep = Series('a', [(1, 1), (2, 2000)])
+    assert '>1000<' in curves('Loss', 'loss', [steep], 'least', log=True).svg
     assert [run.name for run in read_runs([one, one])] == ['run (1)', 'run (2)']
+    assert [run.name for run in read_runs([one / '20260101_000000'])] == ['run/20260101_000000']
 
 
-def test_a_resumed_run_goes_on_and_a_new_start_replaces(tmp_path):
+def test_a_resumed_run_is_continued_and_a_new_start_replaces_the_old_one(tmp_path):
     folder = tmp_path / 'run'
     val = dict(mIoU=1.0, time=0.1, step=20)
     write_stamp(folder, '20260101_000000', [scalar(10), scalar(20), val, scalar(30, old=True)], tail='{"lr": 0.1, "it')
@@ -245,12 +246,12 @@ def test_a_resumed_run_goes_on_and_a_new_start_replaces(tmp_path):
     write_stamp(folder, '20260103_000000', [scalar(10)])
     run = read_run(folder)
     assert list(run.train) == [10] and not run.val and run.starts == 1
-    assert 'started anew' in run.notes[0] and 'up to iteration 40' in run.notes[0]
+    assert 'started again' in run.notes[0] and 'up to iteration 40' in run.notes[0]
     page = page_of(folder)
-    assert 'started anew' in page.text and 'no validation was logged' in page.text
+    assert 'started again' in page.text and 'no validation was logged' in page.text
 
 
-def test_what_is_missing_or_broken_is_said_in_words(tmp_path):
+def test_missing_and_broken_files_are_reported(tmp_path):
     folder = tmp_path / 'run'
     rows = [scalar(1), dict(scalar(2), loss=math.nan), dict(scalar(3), loss=math.inf)]
     stamp = write_stamp(folder, '20260101_000000', rows, config='import os\nos.abort()\n')
@@ -259,30 +260,30 @@ def test_what_is_missing_or_broken_is_said_in_words(tmp_path):
     (stamp / 'evaluation').mkdir()
     (stamp / 'evaluation/test.json').write_text('{"classes": ["a"], "confusion": [[1, 2]], "kind": "test"}')
     page = page_of(folder)
-    assert '1 broken lines are left out' in page.text
-    assert 'test.json is left out: no evaluation record (the confusion matrix' in page.text
+    assert '1 broken lines are ignored' in page.text
+    assert 'test.json is ignored: no evaluation record (the confusion matrix' in page.text
     assert 'run: not finite at 2 of 3 logged iterations (2, 3).' in page.text
-    assert 'No evaluation left a record here.' in page.text and 'No predictions were kept.' in page.text
+    assert 'There is no evaluation record.' in page.text and 'No predictions were stored.' in page.text
 
 
-def test_a_record_without_what_can_be_missing(tmp_path):
+def test_a_record_without_optional_values(tmp_path):
     stamp = write_stamp(tmp_path / 'run', '20260101_000000')
     odd = dict(pictures=['x', {}, dict(mIoU=0.5, prediction='gone.png', path=None)], dataset=None, environment=[])
     write_record(stamp, palette=[[1]], calibration=3, iteration='x', metrics=None, seconds_per_picture=0, **odd)
     write_record(stamp, 'val', calibration=dict(bins=[dict(pixels=1)], ece=0.1))
     page = page_of(tmp_path / 'run')
-    assert 'It was not kept, or is not there any more.' in page.text and 'None is not there any more.' in page.text
-    assert "val.json is left out: no evaluation record ('low')" in page.text
+    assert 'It was not stored, or the file no longer exists.' in page.text and 'None no longer exists.' in page.text
+    assert "val.json is ignored: no evaluation record ('low')" in page.text
 
 
-def test_one_iteration_and_tests_alone(tmp_path):
+def test_a_single_iteration_and_only_tests(tmp_path):
     write_stamp(tmp_path / 'one', '20260101_000000', [scalar(1)])
     page = page_of(tmp_path / 'one')
     assert '2 at iteration 1.' in page.text and not any(tag == 'svg' for tag, _ in page.tags)
     stamp = write_stamp(tmp_path / 'tested', '20260101_000000')
     (stamp / f'{stamp.name}.json').write_text('{"mIoU": 12.5, "aAcc": 50.0}')
     page = page_of(tmp_path / 'tested')
-    assert 'Test without a record 12.50 50.00 –' in page.text and 'holds tests alone' in page.text
+    assert 'Test without a record 12.50 50.00 –' in page.text and 'has only tests' in page.text
     write_record(stamp, calibration=None, pictures=[], metrics={})
     page = page_of(tmp_path / 'tested')
     assert 'Test without a record' not in page.text and 'has no confidence' in page.text
@@ -290,7 +291,7 @@ def test_one_iteration_and_tests_alone(tmp_path):
 
 
 def test_without_scalars_the_log_is_read(tmp_path):
-    """As with visualizer.vis_backends.0.type=TensorboardVisBackend."""
+    """Runs with visualizer.vis_backends.0.type=TensorboardVisBackend have none."""
     lines = """
 2026/01/01 - mmengine - INFO - Iter(train) [10/40]  base_lr: 1.0e-04 lr: 1.0e-04  eta: 0:08:52  time: 0.5  loss: 2.5000
 2026/01/01 - mmengine - INFO - Iter(train) [20/40]  base_lr: 1.0e-04 lr: 1.0e-04  eta: 0:08:00  time: 0.5  loss: nan
@@ -301,11 +302,11 @@ def test_without_scalars_the_log_is_read(tmp_path):
     (stamp / 'vis_data/config.py').rename(tmp_path / 'run/small.py')
     run = read_run(tmp_path / 'run')
     assert list(run.train) == [10, 20] and run.train[10]['loss'] == 2.5 and run.train[10]['lr'] == 1e-4
-    assert list(run.val) == [20] and run.best == (20, run.val[20]) and run.val[20]['mIoU'] == 34.78
-    assert setting(run, 'train_cfg.max_iters') == 40
+    assert list(run.val) == [20] and run.best == (20, 34.78)
+    assert run.config['train_cfg.max_iters'] == 40
 
 
-def test_names_are_text_and_nothing_else(tmp_path):
+def test_names_are_escaped(tmp_path):
     bad = '<script>alert(1)</script>"&\'$\\frac$'
     folder = small_run(tmp_path / 'a<b>&$x$', classes=(bad, 'sky'), checkpoint=bad)
     stamp = folder / '20260101_000000'
@@ -324,7 +325,7 @@ def test_many_classes(tmp_path):
     confusion = rng.integers(0, 100, (150, 150))
     names = [f'class number {i}' for i in range(150)]
     figure = heat_map('run', names, confusion, confusions(names, confusion, 100))
-    assert figure.svg.count('class number 7<') == 4 and 'taken for' in figure.label  # on all sides
+    assert figure.svg.count('class number 7<') == 4 and 'taken for' in figure.label  # names on all sides
     assert len(figure.rows) == 100 and len(figure.svg) < 400_000
     page = page_of(small_run(tmp_path / 'run', classes=names, confusion=confusion))
     assert page.text.count('class number 149') > 2
@@ -339,15 +340,14 @@ def test_confusions_are_the_largest():
 
 
 def test_configs_are_read_and_not_run(tmp_path):
-    flat = flat_config("a = dict(b=[1, 2], c={'d': dict(e=None)})\nf = open('x')\ng = dict()\n")
-    assert flat == {'a.b': '[1, 2]', 'a.c.d.e': 'None', 'f': "open('x')", 'g': 'dict()'}
+    flat = flat_config("import os\na = dict(b=[1, 2], c={'d': dict(e=None)})\nf = open('x')\ng = dict()\n")
+    assert flat == {'a.b': [1, 2], 'a.c.d.e': None, 'g': {}}
     assert flat_config('a = (') == {}
-    run = read_run(small_run(tmp_path / 'run'))
-    assert setting(run, 'train_dataloader.batch_size') == 4 and setting(run, 'nothing') is None
+    assert read_run(small_run(tmp_path / 'run')).config['train_dataloader.batch_size'] == 4
 
 
 @pytest.mark.parametrize('kind', ['missing', 'file', 'empty'])
-def test_what_is_no_work_dir_is_one_error(tmp_path, kind):
+def test_a_wrong_work_dir_is_one_error(tmp_path, kind):
     place = tmp_path / kind
     if kind == 'file':
         place.touch()
@@ -359,7 +359,7 @@ def test_what_is_no_work_dir_is_one_error(tmp_path, kind):
         write_report([place])
 
 
-def test_what_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path):
+def test_an_unwritable_report_is_one_error_and_leaves_no_file(tmp_path):
     folder = small_run(tmp_path / 'run')
     message = tool(folder, '--out', tmp_path / 'nowhere/report.html')
     assert 'the report cannot be written (No such file or directory); give another --out' in message

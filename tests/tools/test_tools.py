@@ -1,4 +1,4 @@
-"""The command-line tools as users run them, on a small model and drawn scenes."""
+"""The command-line tools as users run them, with a small model and drawn scenes."""
 
 import os
 import re
@@ -25,7 +25,7 @@ from mmseg_volo.inference.files import find_images
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-    """(config, work dir, checkpoint, output) of one short training run."""
+    """Return (config, work dir, checkpoint, output) of one short training run."""
     work = tmp_path_factory.mktemp('tools')
     config = work / 'tiny.py'
     config.write_text(CONFIG.replace('DATA', str(work / 'scenes')))
@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     return config, work, work / 'run/iter_4.pth', output
 
 
-def test_train_logs_an_eta_and_saves_what_reads_safely(trained):
+def test_train_logs_an_eta_and_saves_checkpoints_that_load_safely(trained):
     _, work, checkpoint, output = trained
     assert 'eta:' in output and 'Iter(train) [4/4]' in output and 'VOLO starts from random weights' in output
     assert (work / 'run/best_mIoU_iter_4.pth').is_file()
@@ -102,7 +102,7 @@ def test_amp_trains_in_bfloat16(trained):
     losses = [float(x) for x in re.findall(r'  loss: ([\d.]+)', output)]
     plain = [float(x) for x in re.findall(r'  loss: ([\d.]+)', trained[3])]
     assert len(losses) == 4 and losses == pytest.approx(plain, rel=0.02)
-    # Four small steps hardly show in the loss; in the weights they show whether the products were rounded.
+    # Four small steps hardly change the loss; the weights show whether the products were rounded.
     low, full = (load_from_local(str(path))['state_dict'] for path in (work / 'amp/iter_4.pth', trained[2]))
     differences = [(low[k] - full[k]).abs().max().item() for k in full if k.endswith('qkv.weight')]
     assert 1e-6 < max(differences) < 0.01 and all(v.dtype != torch.bfloat16 for v in low.values())
@@ -151,21 +151,21 @@ def test_training_from_a_file_that_runs_code_is_refused(trained, tmp_path):
     assert not (tmp_path / 'code-ran').exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='tests machines without a GPU')
 def test_two_processes_without_a_gpu(trained):
     config, work, checkpoint, output = trained
     env = dict(PORT='29611', OMP_NUM_THREADS='1')
     run('bash', 'tools/dist_train.sh', config, '2', '--work-dir', work / 'dist', **env)
     assert (work / 'dist/iter_4.pth').is_file()
-    # Three pictures in shares of two and one (padded to two and two) give the single process's table.
+    # Three images, two and one per process (padded to two and two), give the table of a single process.
     tested = run('bash', 'tools/dist_test.sh', config, checkpoint, '2', '--work-dir', work / 'dt', **env)
     assert miou(tested) == miou(output) and iou_table(tested) == iou_table(output)
     assert 'usage:' in run('bash', 'tools/dist_train.sh', config, fails=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='tests the way without a GPU')
+@pytest.mark.skipif(torch.cuda.is_available(), reason='tests machines without a GPU')
 def test_slurm_without_a_gpu(trained, tmp_path):
-    """A stand-in for srun starts two processes with Slurm's variables, which is all that the launcher reads."""
+    """A fake srun starts two processes with Slurm's variables; the launcher reads nothing else."""
     config, work, checkpoint, _ = trained
     srun = tmp_path / 'srun'
     srun.write_text(
@@ -186,19 +186,19 @@ def test_slurm_without_a_gpu(trained, tmp_path):
     assert miou(tested) == miou(trained[3])
 
 
-def test_predict_reports_the_bad_file_and_goes_on(trained):
+def test_predict_reports_bad_files_and_continues(trained):
     config, work, checkpoint, _ = trained
-    pictures = work / 'pictures'
-    (pictures / 'sub').mkdir(parents=True)
+    images = work / 'images'
+    (images / 'sub').mkdir(parents=True)
     image = cv2.imread(str(next((work / 'scenes').rglob('*leftImg8bit.png'))))
-    cv2.imwrite(str(pictures / 'a.png'), image)
-    cv2.imwrite(str(pictures / 'sub/b.jpg'), image[:50, :90])
-    (pictures / 'broken.png').write_bytes((pictures / 'a.png').read_bytes()[:20])
-    cv2.imwrite(str(pictures / 'line.png'), np.zeros((1, 3000, 3), np.uint8))  # shrinks to nothing in Resize
+    cv2.imwrite(str(images / 'a.png'), image)
+    cv2.imwrite(str(images / 'sub/b.jpg'), image[:50, :90])
+    (images / 'broken.png').write_bytes((images / 'a.png').read_bytes()[:20])
+    cv2.imwrite(str(images / 'line.png'), np.zeros((1, 3000, 3), np.uint8))  # Resize shrinks it to nothing
     out = work / 'predicted'
-    output = tool('predict.py', config, checkpoint, pictures, '--out', out, '--overlay', '--device', 'cpu', fails=True)
-    assert f'skipped {pictures}/broken.png: it is no image, or broken' in output and '2 of the images failed' in output
-    assert f'skipped {pictures}/line.png: ' in output
+    output = tool('predict.py', config, checkpoint, images, '--out', out, '--overlay', '--device', 'cpu', fails=True)
+    assert f'skipped {images}/broken.png: it is no image, or broken' in output and '2 of the images failed' in output
+    assert f'skipped {images}/line.png: ' in output
     assert sorted(str(p.relative_to(out)) for p in out.rglob('*.png')) == [
         'a.png',
         'a_overlay.png',
@@ -207,19 +207,19 @@ def test_predict_reports_the_bad_file_and_goes_on(trained):
     ]
     index = cv2.imread(str(out / 'a.png'), -1)
     assert index.dtype == np.uint8 and index.shape == (64, 128) and index.max() < 19
-    # The same model through mmseg's own API predicts the same.
+    # mmseg's own API predicts the same.
     model = init_model(str(config), str(checkpoint), device='cpu')
-    expected = inference_model(model, str(pictures / 'a.png')).pred_sem_seg.data[0].numpy()
+    expected = inference_model(model, str(images / 'a.png')).pred_sem_seg.data[0].numpy()
     assert (index == expected).all()
     colours = np.array(model.dataset_meta['palette'], np.uint8)[expected][..., ::-1]
-    overlay = cv2.imread(str(out / 'a_overlay.png')).astype(int)[: image.shape[0]]  # a legend is below
+    overlay = cv2.imread(str(out / 'a_overlay.png')).astype(int)[: image.shape[0]]  # without the legend
     assert np.abs(overlay - (image.astype(int) + colours) / 2).max() <= 1
 
 
 def test_options_of_prediction(trained, tmp_path):
     config, work, checkpoint, _ = trained
-    picture = next((work / 'scenes/leftImg8bit/val').rglob('*.png'))
-    image = cv2.imread(str(picture))
+    path = next((work / 'scenes/leftImg8bit/val').rglob('*.png'))
+    image = cv2.imread(str(path))
     for aug_test in (False, True):
         plain = Predictor(str(config), str(checkpoint), 'cpu', aug_test)
         found = plain.predict(plain.prepare(image))
@@ -232,14 +232,14 @@ def test_options_of_prediction(trained, tmp_path):
         segmentor = low.model.module if aug_test else low.model
         assert {key: segmentor.test_cfg[key] for key in options} == options
     flags = '--precision', 'bf16', '--window-batch', '4', '--channels-last', '--device', 'cpu'
-    tool('predict.py', config, checkpoint, picture, '--out', tmp_path, '--confidence', '--aug-test', *flags)
-    grey = cv2.imread(str(tmp_path / f'{picture.stem}_confidence.png'), -1)
+    tool('predict.py', config, checkpoint, path, '--out', tmp_path, '--confidence', '--aug-test', *flags)
+    grey = cv2.imread(str(tmp_path / f'{path.stem}_confidence.png'), -1)
     assert grey.dtype == np.uint8 and (np.abs(grey - rounded.confidence * 255) <= 1).mean() > 0.99
     tested = tool('test.py', config, checkpoint, '--work-dir', work / 't', *flags[:-2])
     assert abs(float(miou(tested)) - float(miou(trained[3]))) < 1
 
 
-def test_options_on_a_model_without_them(trained):
+def test_options_on_a_model_that_has_none(trained):
     config, work, checkpoint, _ = trained
     stock = work / 'stock.py'
     stock.write_text(
@@ -253,25 +253,25 @@ def test_options_on_a_model_without_them(trained):
         load(aug_test=True, compile=True)
     with pytest.raises(ConfigError, match='window_batch must be 1 or more, got 0'):
         Predictor(str(config), str(checkpoint), 'cpu', window_batch=0)
-    picture = next((work / 'scenes').rglob('*leftImg8bit.png'))
-    output = tool('predict.py', stock, checkpoint, picture, '--out', work / 'x', '--precision', 'bf16', fails=True)
+    path = next((work / 'scenes').rglob('*leftImg8bit.png'))
+    output = tool('predict.py', stock, checkpoint, path, '--out', work / 'x', '--precision', 'bf16', fails=True)
     assert 'error: precision: EncoderDecoder has no such options' in output and 'Traceback' not in output
 
 
-def test_a_compiler_is_asked_for_where_one_is_needed(trained, monkeypatch):
+def test_compile_without_a_compiler_is_one_error(trained, monkeypatch):
     monkeypatch.setattr('shutil.which', lambda _: None)
     with pytest.raises(ConfigError, match=r'compile needs a C\+\+ compiler'):
         Predictor(str(trained[0]), str(trained[2]), 'cpu', compile=True)
 
 
-def test_logits_are_there_for_code_that_reads_them(trained):
-    """mmseg's own API: no logits by default, ``test_cfg.return_logits`` brings them back."""
+def test_logits_are_returned_on_request(trained):
+    """mmseg's own API returns no logits by default, and with ``test_cfg.return_logits`` it does."""
     config, work, checkpoint, _ = trained
-    picture = str(next((work / 'scenes/leftImg8bit/val').rglob('*.png')))
+    path = str(next((work / 'scenes/leftImg8bit/val').rglob('*.png')))
     model = init_model(str(config), str(checkpoint), device='cpu')
-    assert 'seg_logits' not in inference_model(model, picture)
-    wish = dict(model=dict(test_cfg=dict(return_logits=True)))
-    result = inference_model(init_model(str(config), str(checkpoint), 'cpu', cfg_options=wish), picture)
+    assert 'seg_logits' not in inference_model(model, path)
+    options = dict(model=dict(test_cfg=dict(return_logits=True)))
+    result = inference_model(init_model(str(config), str(checkpoint), 'cpu', cfg_options=options), path)
     assert result.seg_logits.data.shape == (19, 64, 128)
     assert torch.equal(result.seg_logits.data.argmax(0, keepdim=True), result.pred_sem_seg.data)
 
@@ -302,7 +302,7 @@ def test_find_images_keeps_names_apart(tmp_path):
         (tmp_path / name).write_bytes(b'')
     found = {str(k.relative_to(tmp_path)): str(v) for k, v in find_images([str(tmp_path)]).items()}
     assert found == {'a.png': 'a.png', 'a.jpg': 'a.jpg', 'b.png': 'b', 'deep/a.png': 'deep/a'}
-    with pytest.raises(FileExistsError, match='have one name in the output folder'):
+    with pytest.raises(FileExistsError, match='would have the same name in the output folder'):
         find_images([str(tmp_path / 'a.png'), str(tmp_path / 'deep/a.png')])
 
 
@@ -318,20 +318,20 @@ def test_mmsegs_inference_api(trained, tmp_path):
     shown = show_result_pyplot(model, str(path), by_path, show=False, out_file=str(tmp_path / 'shown.png'))
     assert shown.shape == image.shape and (tmp_path / 'shown.png').is_file()
     inferencer = MMSegInferencer(model=str(config), weights=str(checkpoint), device='cpu', show_progress=False)
-    for picture in (str(path), image):
-        assert (inferencer(picture)['predictions'] == by_path.pred_sem_seg.data[0].numpy()).all()
+    for source in (str(path), image):
+        assert (inferencer(source)['predictions'] == by_path.pred_sem_seg.data[0].numpy()).all()
 
 
 def test_quickstart_draws_trains_tests_and_shows(trained):
     config, work, _, _ = trained
     output = tool('quickstart.py', '--config', config, '--work-dir', work / 'quick')
     assert 'train.py' in output and 'test.py' in output and 'traffic light' in output and 'mIoU' in output
-    picture = cv2.imread(str(work / 'quick/quickstart.png'))
-    assert picture.shape[1] == 3 * 128 + 2 * 4 and picture.shape[0] > 2 * 64
+    figure = cv2.imread(str(work / 'quick/quickstart.png'))
+    assert figure.shape[1] == 3 * 128 + 2 * 4 and figure.shape[0] > 2 * 64
 
 
-def test_the_readme_tells_the_truth(trained, tmp_path):
-    """What it names is there, and its first Python block runs on what its first command leaves."""
+def test_the_readme_is_correct(trained, tmp_path):
+    """The files that it names exist, and its first Python block runs on the results of its first command."""
     text = (ROOT / 'README.md').read_text(encoding='utf-8')
     named = {name for name in re.findall(r'(?:configs|tools|docs|mmseg_volo)/[\w/]+\.(?:py|sh|md|png)', text)}
     assert len(named) > 10 and not [name for name in named if not (ROOT / name).is_file()]
@@ -347,7 +347,7 @@ def test_the_readme_tells_the_truth(trained, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_quickstart_learns(tmp_path):
-    """Minutes of training; the README's figures are 22 mIoU, and 1.8 for road everywhere."""
+    """Train for minutes. The README says 22 mIoU; predicting road everywhere gives 1.8."""
     options = [f'{part}_dataloader.dataset.data_root={tmp_path}/scenes' for part in ('train', 'val', 'test')]
     output = tool('quickstart.py', '--work-dir', tmp_path / 'quick', '--cfg-options', *options, limit=1800)
     assert float(miou(output)) > 18

@@ -1,4 +1,4 @@
-"""ADE20K at 512 x 512 crops, 2 images per GPU (16 in all on 8 GPUs, paper section 3.4)."""
+"""ADE20K at 512 x 512 crops, 2 images per GPU (16 on 8 GPUs, paper section 3.4)."""
 
 dataset_type = 'ADE20KDataset'
 data_root = 'data/ade/ADEChallengeData2016'
@@ -15,7 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
-    # Labels are loaded after Resize: they keep their size, predictions are resized to it.
+    # Labels are loaded after Resize, so they keep their size; predictions are resized to it.
     dict(type='LoadCheckedAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -44,6 +44,6 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-# aAcc, the pixel accuracy that the paper lists beside mIoU, comes with it.
+# This also gives aAcc, the pixel accuracy that the paper lists beside mIoU.
 val_evaluator = dict(type='ConfusionIoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

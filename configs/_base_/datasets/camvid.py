@@ -1,4 +1,4 @@
-"""CamVid-11 (360 x 480 frames): the example of a data set of one's own, and the place to start a copy from."""
+"""CamVid-11 (360 x 480 frames). To use your own data set, start from a copy of this file."""
 
 dataset_type = 'CamVidDataset'
 data_root = 'data/camvid/'

@@ -1,4 +1,4 @@
-"""Cityscapes at 1024 x 1024 crops, 1 image per GPU (8 in all on 8 GPUs, paper section 3.4)."""
+"""Cityscapes at 1024 x 1024 crops, 1 image per GPU (8 on 8 GPUs, paper section 3.4)."""
 
 dataset_type = 'CityscapesDataset'
 data_root = 'data/cityscapes/'
@@ -15,7 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 1024), keep_ratio=True),
-    # Labels are loaded after Resize: they keep their size, predictions are resized to it.
+    # Labels are loaded after Resize, so they keep their size; predictions are resized to it.
     dict(type='LoadCheckedAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -44,6 +44,6 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-# aAcc, the pixel accuracy that the paper lists beside mIoU, comes with it.
+# This also gives aAcc, the pixel accuracy that the paper lists beside mIoU.
 val_evaluator = dict(type='ConfusionIoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator

@@ -1,4 +1,4 @@
-"""VOLO-D1 + UPerHead. Head sizes as mmseg's UperNet with Swin or ViT, the closest published relatives."""
+"""VOLO-D1 + UPerHead. The head sizes are those of mmseg's UperNet with Swin or ViT, the closest published models."""
 
 norm_cfg = dict(type='SyncBN', requires_grad=True)
 data_preprocessor = dict(
@@ -8,15 +8,15 @@ data_preprocessor = dict(
     bgr_to_rgb=True,
     pad_val=0,
     seg_pad_val=255,
-    # VOLO works on multiples of 16: padding here, where mmseg takes it off again, keeps logits and pixels aligned.
+    # VOLO works on multiples of 16. mmseg removes padding that is added here, so logits and pixels stay aligned.
     test_cfg=dict(size_divisor=16),
 )
 model = dict(
-    type='StreamingEncoderDecoder',  # mmseg's EncoderDecoder; takes the same checkpoints
+    type='StreamingEncoderDecoder',  # mmseg's EncoderDecoder; loads the same checkpoints
     data_preprocessor=data_preprocessor,
     backbone=dict(type='VOLO', arch='d1', drop_path_rate=0.1, norm_cfg=norm_cfg),
     decode_head=dict(
-        type='LeanUPerHead',  # mmseg's UPerHead, with less arithmetic and memory
+        type='LeanUPerHead',  # mmseg's UPerHead with less computation and memory
         in_channels=[192, 384, 384, 384],
         in_index=[0, 1, 2, 3],
         pool_scales=(1, 2, 3, 6),
@@ -27,9 +27,9 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
     ),
-    # The paper is silent on an auxiliary head; weight 0.4 on the third map is what LV-ViT, Swin and mmseg's ViT use.
+    # The paper does not mention an auxiliary head. LV-ViT, Swin and mmseg's ViT use one on the third map, weight 0.4.
     auxiliary_head=dict(
-        type='LeanFCNHead',  # mmseg's FCNHead, with less memory
+        type='LeanFCNHead',  # mmseg's FCNHead with less memory
         in_channels=384,
         in_index=2,
         channels=256,

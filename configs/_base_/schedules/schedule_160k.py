@@ -1,7 +1,7 @@
 """AdamW, lr 6e-5 falling linearly to 5e-6, weight decay 0.01 (paper section 3.4).
 
-The paper names no length and no warm-up: 160k iterations and 1,500 of warm-up are LV-ViT's (same co-author), and those
-of Swin and SegFormer.
+The paper gives neither length nor warm-up: 160k iterations with 1,500 of warm-up are those of LV-ViT (same co-author),
+Swin and SegFormer.
 """
 
 max_iters = 160000

@@ -1,1 +1,1 @@
-"""Check a data set before training: every file is there, whole, and labelled as the config says."""
+"""Check a data set before training: every file exists, is complete, and is labelled as the config says."""

@@ -1,7 +1,7 @@
-"""Check a data set: every file is there, intact, and labelled as the config says.
+"""Check that a data set can be used: every file exists, is complete, and is labelled as the config says.
 
-Labels are read as mmseg's ``LoadAnnotations`` reads them. A data set that is read in another way (own transforms, files
-on a server, other keys) is checked as far as possible, and the log says what was not checked.
+Labels are read as mmseg's ``LoadAnnotations`` reads them. If a data set is read in another way (custom transforms,
+files on a server, other keys), the check covers what it knows, and the log says what was skipped.
 """
 
 import logging
@@ -25,21 +25,21 @@ from .labels import label_table
 from .listing import Finding, Source, find_sources, left_over_files, missing_files, present_files
 from .pair import PairResult, check_pair, faults_of_all, init_checker, shifted_labels
 
-_NAMED = 5  # number of findings that an error lists
-_UNSEEN = 'the model cannot learn it: add images that show it, or remove the class from the config'
+_NAMED = 5  # findings that an error message lists
+_UNSEEN = 'the model cannot learn it: add images that show it, or remove the class'
 
 
 @dataclass
 class SplitReport:
-    """Findings and counts of one split.
+    """Findings and statistics of one split.
 
     Attributes:
         classes: class names, empty if the data set has none.
         files, labels: number of images, and of labels that were read.
-        pixels, images: (N,) int64, number of pixels of each class, and of images in which it occurs.
+        pixels, images: (N,) int64, for each class its pixels and the images in which it occurs.
         ignored: number of ignored pixels.
-        digests: path of each image file by the hash of its bytes.
-        left_out: reasons why parts were not checked.
+        digests: hash of an image file's bytes to its path.
+        left_out: what was not checked, and why.
     """
 
     split: str
@@ -63,32 +63,32 @@ class SplitReport:
 
 
 def build_checked(dataset_cfg: Mapping, check: Callable[[Mapping, Dataset], None]) -> Dataset:
-    """Build a data set, and check it by the files that it has listed.
+    """Build a data set, and check the files that it lists.
 
     Args:
-        dataset_cfg: its config, wrappers such as ``ConcatDataset`` included.
+        dataset_cfg: config of the data set, with wrappers such as ``ConcatDataset``.
         check: :func:`check_not_empty` or :func:`quick_check`.
 
     Raises:
-        DataError: from ``check``, or because a folder is missing or empty.
+        DataError: ``check`` raised it, or a folder is missing or empty.
     """
     try:
         dataset = DATASETS.build(dataset_cfg)
         if hasattr(dataset, 'full_init'):
             dataset.full_init()
     except Exception:
-        check_not_empty(dataset_cfg)  # names the folder that is missing or empty
+        check_not_empty(dataset_cfg)  # raises a clearer error if a folder is missing or empty
         raise
     check(dataset_cfg, dataset)
     return dataset
 
 
 def check_not_empty(dataset_cfg: Mapping, dataset: Dataset | None = None) -> None:
-    """Raise DataError if a data set has no files. The message names the folder and the expected suffix.
+    """Raise DataError if a data set has no files. The error names the folder and the expected suffix.
 
     Args:
-        dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included.
-        dataset: what was built from it, if it was.
+        dataset_cfg: config of the data set, with wrappers such as ``ConcatDataset``.
+        dataset: the data set, if it is built already.
     """
     _raise(chain.from_iterable(source.findings for source in find_sources(dataset_cfg, '', _log, built=dataset)))
 
@@ -96,13 +96,13 @@ def check_not_empty(dataset_cfg: Mapping, dataset: Dataset | None = None) -> Non
 def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files: int = 32) -> None:
     """Raise DataError if training or validation on a data set would fail or be silently wrong.
 
-    Checks that all files are there and reads an evenly spaced sample of them. This takes a second or two.
+    The check looks for all files, and reads an evenly spaced sample of them. It takes a second or two.
 
     Args:
-        dataset_cfg: a data set's config, wrappers such as ``ConcatDataset`` included. A data set with unknown
-            transforms or keys, or on a file server, passes, and the log says so.
-        dataset: what was built from it, if it was: its files are not listed again.
-        num_files: number of pairs in the sample.
+        dataset_cfg: config of the data set, with wrappers such as ``ConcatDataset``. A data set with unknown
+            transforms, keys or file server passes, and the log says so.
+        dataset: the data set, if it is built already: its files are not listed again.
+        num_files: size of the sample.
     """
     sources = find_sources(dataset_cfg, '', _log, built=dataset)
     for source in sources:
@@ -114,7 +114,7 @@ def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files:
             results = list(pool.map(partial(check_pair, rules=source.rules), sample))
         _raise(chain.from_iterable(result.findings for result in results))
         rest = iter(set(source.pairs) - set(sample))
-        # A sample that is wrong as a whole may be chance: read further files until one is right.
+        # If the sample looks wrong as a whole, read more files until one shows that it is not.
         while found := faults_of_all(source, results):
             if (pair := next(rest, None)) is None:
                 _raise(found)
@@ -142,8 +142,8 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
     """Check all files of a data set.
 
     Args:
-        split: name of the data set in the report.
-        dataset_cfg: its config, wrappers such as ``ConcatDataset`` included.
+        split: name of the split in the report.
+        dataset_cfg: config of the data set, with wrappers such as ``ConcatDataset``.
         workers: number of processes; by default one per CPU.
 
     Raises:
@@ -156,18 +156,18 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
         report.files += len(source.pairs)
         report.digests.update((result.digest, result.pair[0]) for result in results if result.digest)
         _count(report, source, results)
-        whole = faults_of_all(source, results) or shifted_labels(source, results)
-        replaced = {finding.kind for finding in whole}
+        common = faults_of_all(source, results) or shifted_labels(source, results)
+        replaced = {finding.kind for finding in common}
         single = [finding for result in results for finding in result.findings if finding.kind not in replaced]
-        report.findings += source.findings + missing_files(source) + left_over_files(source) + single + whole
-        for what, reader in (('images', source.rules.image), ('labels', source.rules.label)):
+        report.findings += source.findings + missing_files(source) + left_over_files(source) + single + common
+        for files, reader in (('images', source.rules.image), ('labels', source.rules.label)):
             if reader is None:
-                report.left_out.append(f'the content of {what}: an unknown transform reads them')
+                report.left_out.append(f'the content of {files}: an unknown transform reads them')
     return report
 
 
 def _run(source: Source, workers: int | None) -> list[PairResult]:
-    """Check all pairs whose image is there."""
+    """Check the pairs whose files exist."""
     present = present_files(path for pair in source.pairs for path in pair if path is not None)
     pairs = []
     for image, label in source.pairs:
@@ -187,7 +187,7 @@ def _run(source: Source, workers: int | None) -> list[PairResult]:
 
 
 def _count(report: SplitReport, source: Source, results: Sequence[PairResult]) -> None:
-    """Add up the pixels of each class and the images in which it occurs."""
+    """Add to the report the pixels of each class and the images in which it occurs."""
     if source.rules.classes is None:
         return
     table = label_table(source.rules.reduce_zero_label, source.rules.label_map)
@@ -205,15 +205,15 @@ def _count(report: SplitReport, source: Source, results: Sequence[PairResult]) -
 
 
 def check_config(config: Config, splits: Sequence[str] | None = None, workers: int | None = None) -> list[SplitReport]:
-    """Check each data set of a config, and find images that two splits share.
+    """Check each data set of a config, and look for images that two splits share.
 
     Args:
-        config: one with ``train_dataloader``, ``val_dataloader`` or ``test_dataloader``.
-        splits: some of 'train', 'val', 'test'; by default those in the config, without test if it is the same as val.
+        config: a config with ``train_dataloader``, ``val_dataloader`` or ``test_dataloader``.
+        splits: some of 'train', 'val', 'test'; by default all in the config, without test if it equals val.
         workers: number of processes; by default one per CPU.
 
     Raises:
-        DataError: a split has no dataloader in the config, or a worker process died.
+        DataError: the config has no dataloader for a split, or a worker process died.
     """
     cfgs = {}
     for split in splits or ('train', 'val', 'test'):
@@ -221,7 +221,7 @@ def check_config(config: Config, splits: Sequence[str] | None = None, workers: i
         if loader is not None:
             cfgs[split] = loader['dataset']
         elif splits:
-            raise DataError(f'{split}_dataloader: the config has none; leave out --split {split}')
+            raise DataError(f'the config has no {split}_dataloader; leave out --split {split}')
     if splits is None and 'test' in cfgs and _same(cfgs['test'], cfgs.get('val')):
         del cfgs['test']
     reports = [check_split(split, cfg, workers) for split, cfg in cfgs.items()]
@@ -239,7 +239,7 @@ def check_config(config: Config, splits: Sequence[str] | None = None, workers: i
 
 
 def _same(cfg: Mapping, other: Mapping | None) -> bool:
-    """Whether two data sets hold the same files, no matter how they are read."""
+    """Whether two configs describe the same files; their pipelines may differ."""
     return other is not None and {**cfg, 'pipeline': None} == {**other, 'pipeline': None}
 
 

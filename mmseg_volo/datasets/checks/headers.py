@@ -1,4 +1,4 @@
-"""Read headers of image files without decoding: is the file complete, its size, its EXIF orientation."""
+"""Read an image file's size and EXIF orientation, and check that the file is complete, without decoding it."""
 
 import zlib
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _CUT_OFF = 'it is cut off'
 
 
 class Header(NamedTuple):
-    """Format ('png', 'jpeg' or 'other'), stored (height, width) or None if unknown, and the EXIF orientation."""
+    """Format ('png', 'jpeg' or 'other'), stored (height, width) or None if unknown, and EXIF orientation."""
 
     format: str
     shape: tuple[int, int] | None = None
@@ -21,13 +21,13 @@ class Header(NamedTuple):
 
 
 def read_header(data: bytes) -> Header:
-    """Read an image file's header and check that the file is complete.
+    """Read an image file's header, and check that the file is complete.
 
-    PNG: every critical chunk is there with its checksum. JPEG: the end marker is there. Of other formats only an empty
-    file is found; they must be decoded to be checked.
+    A PNG must have all critical chunks with valid checksums, and a JPEG its end marker. Other formats must only not be
+    empty; to check them, decode them.
 
     Raises:
-        ValueError: the file is empty, cut off or damaged; the message is a clause that says which.
+        ValueError: the file is empty, cut off or damaged. The message is a clause: 'it is cut off'.
     """
     if not data:
         raise ValueError('it is empty (0 bytes)')
@@ -44,7 +44,7 @@ def _png(data: bytes) -> Header:
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], 'big')
         if end > len(data):
             break
-        # A lower-case first letter marks a chunk that decoders may skip: they ignore its checksum too.
+        # A lower-case first letter marks an optional chunk, whose checksum decoders ignore.
         if not kind[0] & 0x20 and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], 'big'):
             raise ValueError('it is damaged (a checksum in it differs)')
         if kind == b'IHDR':
@@ -69,7 +69,7 @@ def _jpeg(data: bytes) -> Header:
         elif marker in _JPEG_BARE:
             at += 2
         elif marker == 0xD9:
-            raise ValueError('it is damaged (it ends before the image data begins)')
+            raise ValueError('it is damaged (it ends before the image data)')
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
             segment = data[at + 4 : end]
@@ -82,7 +82,7 @@ def _jpeg(data: bytes) -> Header:
             at = end
     if shape is None or 0 in shape:
         raise ValueError('it is damaged (its header gives no size)')
-    # In a scan's data a byte 0xFF is always followed by 0 or a restart marker, so this cannot match by chance.
+    # In scan data, 0xFF is always followed by 0 or a restart marker, so only the end marker matches.
     if data.find(b'\xff\xd9', at) < 0:
         raise ValueError(_CUT_OFF)
     return Header('jpeg', shape, orientation)
@@ -93,5 +93,5 @@ def _orientation(exif: bytes) -> int:
         tags = Image.Exif()
         tags.load(exif)
         return int(tags.get(_ORIENTATION, 1))
-    except Exception:  # PIL raises nearly anything on broken tags, and decoders then ignore the orientation
+    except Exception:  # PIL may raise anything on broken tags; decoders then do not rotate the image
         return 1

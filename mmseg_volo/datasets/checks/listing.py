@@ -1,4 +1,4 @@
-"""List the files of a data set from its config: the pairs, missing files, and how they are read."""
+"""List the files of a data set from its config, and how they are read; find missing files."""
 
 import os
 from collections import Counter
@@ -15,7 +15,7 @@ Pair = tuple[str, str | None]  # an image and its label
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault, or with ``fault=False`` one suspicion, about the file or folder ``path``."""
+    """A fault in the file or folder ``path``, or with ``fault=False`` a warning about it."""
 
     split: str
     kind: str
@@ -30,10 +30,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rules:
-    """How a data set's files are decoded, and what the values of its labels mean.
+    """How a data set's files are decoded, and what its label values mean.
 
-    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``. They are None if the pipeline does not read
-    with ``LoadImageFromFile`` and ``LoadAnnotations``; the content is then not checked.
+    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``. They are None, and the content is not checked,
+    if the pipeline does not use ``LoadImageFromFile`` and ``LoadAnnotations``.
     """
 
     split: str
@@ -47,7 +47,7 @@ class Rules:
 
 @dataclass
 class Source:
-    """One data set inside all wrappers: its (image, label or None) pairs and their folders."""
+    """A data set without its wrappers: its (image, label or None) pairs and their folders."""
 
     rules: Rules
     names: tuple[str, ...] = ()
@@ -56,32 +56,32 @@ class Source:
     label_dir: str = ''
     image_suffix: str = ''
     label_suffix: str = ''
-    listed: bool = False  # by a file or indices: other files in the folder are no fault
+    listed: bool = False  # by a file or by indices, so other files in the folders are no mistake
     findings: list[Finding] = field(default_factory=list)
 
 
 class LeftOut(Exception):
-    """A data set that cannot be checked; the message says why."""
+    """The check does not support this data set; the message says why."""
 
 
 def find_sources(
     cfg: Mapping, split: str, left_out: Callable[[str], None], draw: bool = False, built: Dataset | None = None
 ) -> list[Source]:
-    """The data sets inside all wrappers.
+    """List the data sets inside all wrappers.
 
     Args:
         cfg: config of a data set.
-        split: its name in findings.
-        left_out: called with the reason for each data set that cannot be checked.
-        draw: draw the scenes of a ``StreetSceneDataset`` where they are missing.
-        built: what was built from ``cfg``, if it was. Its files are not listed again.
+        split: name of the split in findings.
+        left_out: called with the reason for each data set that the check does not support.
+        draw: draw missing scenes of a ``StreetSceneDataset``.
+        built: the data set, if it is built already: its files are not listed again.
     """
     inner = cfg.get('datasets') or cfg.get('dataset')
     if inner:
-        several = inner if isinstance(inner, Sequence) else [inner]
-        if all(isinstance(each, Mapping) for each in several):
-            below = getattr(built, 'datasets', None) or [getattr(built, 'dataset', None)] * len(several)
-            found = [find_sources(one, split, left_out, draw, of) for one, of in zip(several, below, strict=True)]
+        cfgs = inner if isinstance(inner, Sequence) else [inner]
+        if all(isinstance(each, Mapping) for each in cfgs):
+            datasets = getattr(built, 'datasets', None) or [getattr(built, 'dataset', None)] * len(cfgs)
+            found = [find_sources(one, split, left_out, draw, data) for one, data in zip(cfgs, datasets, strict=True)]
             return list(chain.from_iterable(found))
     try:
         return [_open(cfg, split, draw, built)]
@@ -91,7 +91,7 @@ def find_sources(
 
 
 def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source:
-    """List a data set's files; if a folder is missing, that is the only finding."""
+    """List a data set's files, or raise LeftOut. If a folder or list is missing, that is the only finding."""
     kind = cfg.get('type')
     kind = DATASETS.get(kind) if isinstance(kind, str) else kind
     if not isinstance(kind, type):
@@ -129,7 +129,7 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
             listing = os.path.join(cfg.get('data_root') or '', listing)
             needed += [] if os.path.exists(listing) else [listing]
         if not needed or not isinstance(error, OSError | AssertionError):
-            # The runner will build the data set too, and report the real error.
+            # The runner builds the data set too, and its error says what is wrong.
             raise LeftOut(f'its files cannot be listed ({error!r})') from error
         remedy = 'correct data_root, data_prefix and ann_file in the config, or put the data there'
         found = [Finding(split, 'empty', path, 'there is no such file or folder', remedy) for path in needed]
@@ -141,8 +141,8 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
         raise LeftOut('its samples are not those of BaseSegDataset')
     names = tuple(dataset.metainfo.get('classes') or ())
     if infos:
-        meaning = dict(reduce_zero_label=bool(infos[0]['reduce_zero_label']), label_map=infos[0].get('label_map'))
-        rules = replace(rules, classes=len(names) or None, **meaning)
+        labels = dict(reduce_zero_label=bool(infos[0]['reduce_zero_label']), label_map=infos[0].get('label_map'))
+        rules = replace(rules, classes=len(names) or None, **labels)
     prefix = getattr(dataset, 'data_prefix', {})
     source = Source(
         rules=rules,
@@ -164,7 +164,7 @@ def _prefixes(cfg: Mapping) -> list[str]:
 
 
 def _steps(pipeline: Iterable) -> Iterator[Mapping]:
-    """All transforms of a pipeline, those inside others included."""
+    """Yield all transforms of a pipeline, also nested ones."""
     for step in pipeline:
         if isinstance(step, Mapping):
             yield step
@@ -174,7 +174,7 @@ def _steps(pipeline: Iterable) -> Iterator[Mapping]:
 
 
 def _reader(steps: Sequence[Mapping], names: Sequence[str], flag: str, backend: str) -> tuple[str, str] | None:
-    """Flag and backend by which the transform of one of these names decodes a file; None without such a transform."""
+    """Flag and backend with which the transform of one of these names decodes a file, or None if there is none."""
     for step in steps:
         kind = step.get('type')
         name = kind.__name__ if isinstance(kind, type) else str(kind).rsplit('.', 1)[-1]
@@ -184,7 +184,7 @@ def _reader(steps: Sequence[Mapping], names: Sequence[str], flag: str, backend: 
 
 
 def _empty(source: Source) -> Finding:
-    held = f'it holds {_holdings(source.image_dir)}' if os.path.isdir(source.image_dir) else 'no such folder'
+    held = _holdings(source.image_dir)
     if source.listed:
         problem, remedy = 'no image is listed for this folder', 'correct ann_file and indices in the config'
     else:
@@ -194,14 +194,16 @@ def _empty(source: Source) -> Finding:
 
 
 def _holdings(folder: str) -> str:
-    """The kinds of files in a folder, the most frequent first, as '12 .png, 1 .txt'."""
+    """Describe the files in a folder, most frequent suffixes first: 'it holds 12 .png, 1 .txt'."""
+    if not os.path.isdir(folder):
+        return 'no such folder'
     names = chain.from_iterable(files for _, _, files in os.walk(folder))
     suffixes = Counter(Path(name).suffix or 'without a suffix' for name in names)
-    return ', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3)) or 'no files'
+    return 'it holds ' + (', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3)) or 'no files')
 
 
 def missing_files(source: Source) -> list[Finding]:
-    """Images and labels that are missing; one finding for all labels if all are missing."""
+    """Find missing images and labels. If all labels are missing, that is one finding."""
     split, labels = source.rules.split, [label for _, label in source.pairs if label is not None]
     paths = [path for pair in source.pairs for path in pair if path is not None]
     absent = set(paths) - present_files(paths)
@@ -210,11 +212,10 @@ def missing_files(source: Source) -> list[Finding]:
     elif not labels:
         remedy = "give data_prefix['seg_map_path'] in the config"
         where = source.image_dir or source.pairs[0][0]
-        unlabelled = [Finding(split, 'missing label', where, 'no folder of labels belongs to it', remedy)]
+        unlabelled = [Finding(split, 'missing label', where, 'it has no folder of labels', remedy)]
     elif absent.issuperset(labels):
         folder = source.label_dir or str(Path(labels[0]).parent)
-        held = f'it holds {_holdings(folder)}' if os.path.isdir(folder) else 'no such folder'
-        problem = f'none of the {len(labels)} labels is there ({held}; the first one expected is {labels[0]})'
+        problem = f'none of the {len(labels)} labels exists ({_holdings(folder)}; the first expected is {labels[0]})'
         remedy = 'correct seg_map_suffix and data_prefix in the config'
         unlabelled = [Finding(split, 'missing label', folder, problem, remedy)]
     else:
@@ -231,14 +232,14 @@ def missing_files(source: Source) -> list[Finding]:
     ]
 
 
-def _absence(path: str, what: str) -> str:
+def _absence(path: str, kind: str) -> str:
     if os.path.isdir(path):
-        return f'a folder is in the place of the {what}'
-    return f'the {what} is a broken link' if os.path.islink(path) else f'the {what} is missing'
+        return f'the {kind} is a folder'
+    return f'the {kind} is a broken link' if os.path.islink(path) else f'the {kind} is missing'
 
 
 def present_files(paths: Iterable[str]) -> set[str]:
-    """Those paths that are files. Lists each folder once, because single queries are slow on network disks."""
+    """Return the paths that are files. Lists each folder once, because one query per file is slow on network disks."""
     found = set()
     for folder in {os.path.dirname(path) for path in paths}:
         try:
@@ -250,7 +251,7 @@ def present_files(paths: Iterable[str]) -> set[str]:
 
 
 def left_over_files(source: Source) -> list[Finding]:
-    """Labels without an image, and folders or broken links named like images, which mmseg skips."""
+    """Find what mmseg ignores silently: labels without an image, and image names that are not files."""
     if source.listed or not source.image_suffix:
         return []
     split, known = source.rules.split, {os.path.normpath(path) for pair in source.pairs for path in pair if path}
@@ -262,7 +263,7 @@ def left_over_files(source: Source) -> list[Finding]:
     for path in _named(source.label_dir, source.label_suffix):
         if path not in known and os.path.isfile(path):
             remedy = 'add the image or remove the label'
-            findings.append(Finding(split, 'label without image', path, 'no image belongs to it', remedy, fault=False))
+            findings.append(Finding(split, 'label without image', path, 'it has no image', remedy, fault=False))
     return findings
 
 

@@ -1,4 +1,4 @@
-"""Check an image and its label: both intact, of one size, and with the values that the config says."""
+"""Check the content of an image and its label: both readable, of the same size, with valid label values."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,14 @@ from .headers import read_header
 from .labels import LabelError, decode_label, label_table, likely_cause
 from .listing import Finding, Pair, Rules, Source
 
-_NAMED = 5  # number of values that a finding lists
-_UNTURNED = ('color_ignore_orientation', 'grayscale_ignore_orientation', 'unchanged')
-_messages = None  # in a worker: the file that replaces stderr
+_NAMED = 5  # values that a finding lists
+_IGNORE_ORIENTATION = ('color_ignore_orientation', 'grayscale_ignore_orientation', 'unchanged')
+_messages = None  # in a worker process: the file that replaces stderr
 
 
 @dataclass
 class PairResult:
-    """Findings; pixels (256,) int64 of each raw label value, None if not read; hash of the image's bytes."""
+    """Result for one pair: pixels of each raw label value (256,) int64 or None if unread, hash of the image's bytes."""
 
     pair: Pair
     findings: list[Finding] = field(default_factory=list)
@@ -33,7 +33,7 @@ class PairResult:
 
 
 def check_pair(pair: Pair, rules: Rules) -> PairResult:
-    """Check an image, and its label if there is one and the rules say how it is read. Raises nothing."""
+    """Check an image and its label; what ``rules`` has no decoder for is not read. Faults are returned, not raised."""
     result, (image, label) = PairResult(pair), pair
 
     def add(kind: str, path: str, problem: str, remedy: str, fault: bool = True) -> None:
@@ -44,10 +44,10 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
         data = Path(image).read_bytes()
         result.digest = hashlib.blake2b(data, digest_size=16).digest()
         if rules.image:
-            shape, orientation, complaint = _read_image(data, *rules.image)
-            if complaint:
-                problem = f'the decoder reports damage ({complaint})'
-                add('damaged image', image, problem, 'view it, and replace it if it is damaged', fault=False)
+            shape, orientation, warning = _read_image(data, *rules.image)
+            if warning:
+                problem = f'the decoder says that the image is damaged ({warning})'
+                add('damaged image', image, problem, 'look at it, and replace it if it is', fault=False)
     except (OSError, ValueError) as error:
         add('unreadable image', image, f'the image cannot be read ({_reason(error)})', 'restore it, or remove the pair')
     if label is None or rules.label is None:
@@ -64,11 +64,11 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
     result.values = _histogram(ids)
     if shape is not None and shape != ids.shape:
         sizes = f'the label is {_size(ids.shape)} pixels, its image {image} {_size(shape)}'
-        turned = ' once its EXIF orientation has rotated it' if orientation != 1 else ''
-        add('size', label, sizes + turned, 'make both the same size')
+        rotated = ' after rotation by its EXIF orientation' if orientation != 1 else ''
+        add('size', label, sizes + rotated, 'make both the same size')
     elif orientation != 1:
         problem = f'its EXIF orientation ({orientation}) rotates the image, but not its label {label}'
-        add('turned image', image, problem, 'rotate the stored image if the two do not fit', fault=False)
+        add('turned image', image, problem, 'save the image rotated, if they do not fit', fault=False)
     table = label_table(rules.reduce_zero_label, rules.label_map)
     known = table == rules.ignore_index
     if rules.classes is not None:
@@ -82,7 +82,7 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
                 problem += f' ({first} to {rules.classes - 1 + first} in the file, {rules.ignore_index} is ignored)'
             add('label value', label, problem, likely_cause(table[wrong].tolist(), rules.classes, bool(first)))
     if not (result.values * ~known).any():
-        remedy = 'remove the pair if this is not intended'
+        remedy = 'remove the pair if that is not intended'
         add('no labelled pixel', label, 'every pixel of the label is ignored', remedy, fault=False)
     return result
 
@@ -96,47 +96,48 @@ def _reason(error: Exception) -> str:
 
 
 def _read_image(data: bytes, flag: str, backend: str) -> tuple[tuple[int, int] | None, int, str]:
-    """The loaded size (height, width), None if unknown; the EXIF orientation that applies; the decoder's warning.
+    """Return the size (H, W) after loading, the EXIF orientation (1 if not applied) and the decoder's warning or ''.
 
-    A PNG is checked by its checksums. A JPEG has none, so it is decoded at an eighth of its size for the warnings.
+    The checksums of a PNG prove that it is intact. A JPEG has none, so it is decoded at an eighth of its size, to see
+    the warnings.
 
     Raises:
-        ValueError: the image is cut off, damaged or of no known format.
+        ValueError: the image is cut off, damaged or of an unknown format.
     """
-    header, complaint = read_header(data), ''
-    orientation = 1 if flag in _UNTURNED else header.orientation
+    header, warning = read_header(data), ''
+    orientation = 1 if flag in _IGNORE_ORIENTATION else header.orientation
     if header.format == 'jpeg':
-        with _complaints() as said:
-            _decoded(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        complaint = ' '.join(said)
+        with _decoder_warnings() as lines:
+            _decode(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        warning = ' '.join(lines)
     if header.format == 'other' or orientation != 1:
-        image = _decoded(mmcv.imfrombytes, data, flag=flag, backend=backend)
-        return image.shape[:2], orientation, complaint
-    return header.shape, orientation, complaint
+        image = _decode(mmcv.imfrombytes, data, flag=flag, backend=backend)
+        return image.shape[:2], orientation, warning
+    return header.shape, orientation, warning
 
 
-def _decoded(decode: Callable, *args, **kwargs) -> np.ndarray:
+def _decode(decoder: Callable, *args, **kwargs) -> np.ndarray:
     try:
-        image = decode(*args, **kwargs)
-    except Exception as error:  # decoders raise nearly anything on broken data
-        raise ValueError('it is damaged or no image') from error
+        image = decoder(*args, **kwargs)
+    except Exception as error:  # decoders may raise anything on broken data
+        raise ValueError('it is damaged or not an image') from error
     if image is None:
-        raise ValueError('it is damaged or no image')
+        raise ValueError('it is damaged or not an image')
     return image
 
 
 def init_checker() -> None:
-    """Start a worker. libjpeg reports damage on stderr only, so a file replaces stderr for :func:`_complaints`."""
+    """Initialise a worker process. libjpeg reports damage on stderr only, so a file replaces stderr."""
     global _messages
     init_worker()
     cv2.setNumThreads(0)
-    _messages = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the worker lives)
+    _messages = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as the worker)
     os.dup2(_messages.fileno(), 2)
 
 
 @contextlib.contextmanager
-def _complaints() -> Iterator[list[str]]:
-    """Collect the lines that a decoder prints within the context; in a worker only."""
+def _decoder_warnings() -> Iterator[list[str]]:
+    """Yield a list that holds, after the block, the first line that a decoder printed; empty outside a worker."""
     lines: list[str] = []
     before = os.lseek(2, 0, os.SEEK_END) if _messages else 0
     yield lines
@@ -146,7 +147,7 @@ def _complaints() -> Iterator[list[str]]:
 
 
 def _histogram(ids: np.ndarray) -> np.ndarray:
-    """Pixels (256,), int64, of each value; several times as fast as ``np.bincount``."""
+    """Number of pixels of each value, (256,) int64; several times as fast as ``np.bincount``."""
     flat = ids.ravel()
     # OpenCV counts in float32, exact up to 2^24.
     parts = [flat[i : i + 2**24] for i in range(0, len(flat), 2**24)]
@@ -154,7 +155,7 @@ def _histogram(ids: np.ndarray) -> np.ndarray:
 
 
 def faults_of_all(source: Source, results: Sequence[PairResult]) -> list[Finding]:
-    """Faults of all labels together: every pixel ignored, or no values but 0 and 255."""
+    """Find faults that only show in all labels together: all pixels ignored, or only the values 0 and 255."""
     read = [result for result in results if result.values is not None]
     rules, values = source.rules, sum(result.values for result in read)
     if not read:
@@ -166,18 +167,18 @@ def faults_of_all(source: Source, results: Sequence[PairResult]) -> list[Finding
         cause = 'reduce_zero_label=True ignores 0' if rules.reduce_zero_label else 'write class ids from 0'
         return [Finding(rules.split, 'no labelled pixel', label, problem, f'{cause}: check labels and config')]
     if (rules.classes or 0) > 1 and rules.ignore_index == 255 and set(np.flatnonzero(values)) == {0, 255}:
-        problem = f'this label and all others in {where} hold nothing but 0 and 255, and 255 is ignored'
+        problem = f'this label and all others in {where} hold only 0 and 255, and 255 is ignored'
         return [Finding(rules.split, 'mask', label, problem, 'write 0 for background and 1 for the object')]
     return []
 
 
 def shifted_labels(source: Source, results: Sequence[PairResult]) -> list[Finding]:
-    """A fault if ``reduce_zero_label`` ignores zeros although all values but the last class occur."""
+    """Find labels that ``reduce_zero_label`` shifts wrongly: they have all values from 0, but not the highest one."""
     rules, values = source.rules, sum(result.values for result in results if result.values is not None)
     if not rules.reduce_zero_label or rules.classes is None or rules.label_map or isinstance(values, int):
         return []
     if values[rules.classes] or not values[: rules.classes].all():
         return []
     label = next(result.pair[1] for result in results if result.values is not None and result.values[0])
-    problem = f'the labels hold 0 to {rules.classes - 1}, and reduce_zero_label=True ignores 0 and lowers the others'
+    problem = f'the labels hold 0 to {rules.classes - 1}, but reduce_zero_label=True ignores 0 and shifts the others'
     return [Finding(rules.split, 'reduce_zero_label', label, problem, 'set reduce_zero_label=False if 0 is a class')]
