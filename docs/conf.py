@@ -1,4 +1,4 @@
-"""The site of the documents: `sphinx-build -n -W docs docs/_build`. It is built, and read, without a network."""
+"""Sphinx settings of the documentation: `sphinx-build -n -W docs docs/_build`. Building and reading need no network."""
 
 import sys
 from pathlib import Path
@@ -21,16 +21,16 @@ extensions = [
     'tool_reference',
 ]
 exclude_patterns = ['_build']
-smartquotes = False  # they would make one dash of two in --option
+smartquotes = False  # would turn the two hyphens of --option into a dash
 
-myst_heading_anchors = 3  # as on GitHub, so that links hold in both places
+myst_heading_anchors = 3  # the same anchors as on GitHub, so that links work in both places
 
 autodoc_inherit_docstrings = False
 autodoc_typehints = 'signature'
 autodoc_typehints_format = 'short'
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_custom_sections = [('Attributes', 'params_style')]  # as Args, several names to a line
+napoleon_custom_sections = [('Attributes', 'params_style')]  # like Args: allows several names in one entry
 
 html_theme = 'furo'
 html_title = f'mmseg_volo {release}'

@@ -1,8 +1,9 @@
-"""Two Sphinx directives that write what the code already says, and a check of the names in docstrings.
+"""Sphinx directives that generate text from the code, and a check of the names in docstrings.
 
-``{tool} NAME.py``: description and options of a command in tools/, from its own parser. ``{modules}``: a table of the
-package's modules with the first paragraph of each docstring. A name that a docstring refers to and that is on no page,
-as those of other packages, is left without a link if there is such a thing; else ``sphinx-build -n`` warns of it.
+- ``{tool} NAME.py`` writes the description and options of a tool, from its own parser.
+- ``{modules}`` writes a table of the package's modules, with the first paragraph of each docstring.
+- A docstring may refer to a name that is on no page, such as a name of another package. If the name exists, it is shown
+  without a link; otherwise ``sphinx-build -n`` warns.
 """
 
 import argparse
@@ -25,14 +26,14 @@ TOOLS = Path(__file__).resolve().parents[1] / 'tools'
 
 
 class _Found(BaseException):
-    """Carries a parser out of the tool that built it, past whatever the tool catches."""
+    """Carries a parser out of a tool; a BaseException, so that the tool does not catch it."""
 
 
 def parser_of(script: Path) -> argparse.ArgumentParser:
-    """The parser of a tool, as it stands when the tool asks it for the command line.
+    """Run a tool until it parses its command line, and return its parser.
 
     Raises:
-        ValueError: the tool ended without asking.
+        ValueError: the tool ended without parsing a command line.
     """
 
     def stop(parser: argparse.ArgumentParser, *args, **kwargs) -> None:
@@ -46,11 +47,11 @@ def parser_of(script: Path) -> argparse.ArgumentParser:
             parser = found.args[0]
             parser.prog = script.name
             return parser
-    raise ValueError(f'{script} reads no command line')
+    raise ValueError(f'{script} does not parse a command line')
 
 
 def describe(parser: argparse.ArgumentParser, name: str) -> Iterator[nodes.Node]:
-    """Description, options and closing words of a parser, and of its commands below."""
+    """Yield the description, options and epilog of a parser, then those of its subcommands."""
     formatter = argparse.HelpFormatter(prog=name, width=88)
     yield from _paragraphs(parser.description)
     options = nodes.definition_list()
@@ -63,9 +64,9 @@ def describe(parser: argparse.ArgumentParser, name: str) -> Iterator[nodes.Node]
     if options.children:
         yield options
     yield from _paragraphs(parser.epilog)
-    for command, sub in commands:
+    for command, subparser in commands:
         yield nodes.rubric('', '', nodes.literal(text=f'{name} {command}'))
-        yield from describe(sub, f'{name} {command}')
+        yield from describe(subparser, f'{name} {command}')
 
 
 def _paragraphs(text: str | None) -> Iterator[nodes.Node]:
@@ -88,6 +89,8 @@ def _option(action: argparse.Action, formatter: argparse.HelpFormatter) -> nodes
 
 
 class Tool(SphinxDirective):
+    """``{tool} NAME.py``: the reference of a tool."""
+
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
@@ -97,6 +100,8 @@ class Tool(SphinxDirective):
 
 
 class Modules(SphinxDirective):
+    """``{modules}``: a table of the package's modules."""
+
     def run(self) -> list[nodes.Node]:
         package = TOOLS.parent / 'mmseg_volo'
         lines = ['| module | |', '|---|---|']
@@ -106,20 +111,21 @@ class Modules(SphinxDirective):
             if text and path != package / '__init__.py':
                 first = re.sub(r':\w+:`~?(.+?)`', r'`\1`', ' '.join(text.split('\n\n')[0].split()))
                 lines.append(f'| `{path.relative_to(package)}` | {first} |')
-        inside = nodes.Element()
-        self.state.nested_parse(StringList(lines, source=''), self.content_offset, inside)
-        return inside.children
+        parent = nodes.Element()
+        self.state.nested_parse(StringList(lines, source=''), self.content_offset, parent)
+        return parent.children
 
 
-def _leave_names(app: Sphinx, env: BuildEnvironment, node: nodes.Element, shown: nodes.Node) -> nodes.Node | None:
+def _resolve_missing(app: Sphinx, env: BuildEnvironment, node: nodes.Element, content: nodes.Node) -> nodes.Node | None:
+    """Show a reference that has no target without a link if the name exists; None makes Sphinx warn."""
     if node.get('refdomain') != 'py':
         return None
     name, module = node['reftarget'], node.get('py:module')
-    return shown if any(map(_exists, (name, f'{module}.{name}', f'builtins.{name}'))) else None
+    return content if any(map(_exists, (name, f'{module}.{name}', f'builtins.{name}'))) else None
 
 
 def _exists(name: str) -> bool:
-    """Whether a dotted name can be imported, looked up as far as modules go and then in them."""
+    """Whether a dotted name exists: its longest prefix that is a module, then attributes."""
     parts = name.split('.')
     for count in range(len(parts), 0, -1):
         try:
@@ -134,6 +140,6 @@ def _exists(name: str) -> bool:
 
 def setup(app: Sphinx) -> dict:
     app.add_directive('tool', Tool)
-    app.connect('missing-reference', _leave_names)
     app.add_directive('modules', Modules)
+    app.connect('missing-reference', _resolve_missing)
     return dict(parallel_read_safe=True)
