@@ -1,6 +1,6 @@
 """Hooks that protect a run from wrong labels, steps that are not finite, and checkpoints of another model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,8 +38,15 @@ class MatchingCheckpointHook(Hook):
         if isinstance(runner._train_loop, BaseLoop):  # built in training; still a config in a test
             check_checkpoint(bare_model(runner.model), checkpoint, 'train')
         else:
-            metainfo = getattr(runner.test_dataloader.dataset, 'metainfo', {})
-            check_checkpoint(bare_model(runner.model), checkpoint, 'infer', metainfo.get('classes'))
+            check_checkpoint(bare_model(runner.model), checkpoint, 'infer', classes_of(runner))
+
+
+def classes_of(runner: Runner) -> Sequence[str] | None:
+    """Class names of the data set that a runner tests or validates on, if it has built one that knows them."""
+    for loop in (runner._test_loop, runner._val_loop):
+        if hasattr(loop, 'dataloader'):  # else it is still a config
+            return getattr(loop.dataloader.dataset, 'metainfo', {}).get('classes')
+    return None
 
 
 @HOOKS.register_module()

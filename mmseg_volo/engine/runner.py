@@ -29,6 +29,7 @@ from ..errors import CheckpointError, ConfigError, ProcessLost, TrainingStopped
 from ..utils.unwrap import bare_model
 from .checkpoint_hook import AtomicCheckpointHook, collect
 from .distributed import init_gloo, watch_over
+from .guards import classes_of
 from .loop import SeededDataset, seed_everything
 from .resume import check_resumable, newest_checkpoint
 from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole_parameters
@@ -159,10 +160,7 @@ class VOLORunner(Runner):
         model = bare_model(self.model)
         if self._resume:
             check_resumable(checkpoint, Path(filename))
-        classes = None
-        if self._mode == 'infer':
-            classes = getattr(self.test_dataloader.dataset, 'metainfo', {}).get('classes')
-        check_checkpoint(model, checkpoint, 'resume' if self._resume else self._mode, classes)
+        check_checkpoint(model, checkpoint, 'resume' if self._resume else self._mode, classes_of(self))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         with whole_parameters(self.model):
             _load_checkpoint_to_model(model, checkpoint, strict, 'current', list(revise_keys))

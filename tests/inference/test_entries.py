@@ -206,6 +206,16 @@ def test_runners_fine_tune_with_averaging_but_do_not_test(runner_type, tmp_path)
         build_runner(train_config(tmp_path, **options)).test()
 
 
+def test_a_validation_alone_compares_class_names(tmp_path):
+    names = dataset_meta(config())['classes']
+    path = saved(tmp_path / 'indoor.pth', names=(*names[:3], 'ceiling', *names[4:]))
+    options = dict(load_from=path, test_dataloader=None, test_cfg=None, test_evaluator=None)
+    cfg = train_config(tmp_path, runner_type='VOLORunner', experiment_name='validation')
+    cfg.update(options)
+    with pytest.raises(CheckpointError, match=r'indoor\.pth: has other classes than the data set: 1 of 19'):
+        build_runner(cfg).val()
+
+
 def test_a_frozen_segmentor_is_checked_too(tmp_path):
     path = saved(tmp_path / 'camvid.pth', classes=11)
     frozen = MODELS.build(config().model).requires_grad_(False)
@@ -244,7 +254,8 @@ def test_the_hook_for_tests_checks_class_names_and_models_of_any_type(tmp_path):
     dataset = SimpleNamespace(metainfo=dict(classes=names))
     model = MODELS.build(config(type='EncoderDecoder').model)
     loader = SimpleNamespace(dataset=dataset)
-    runner = SimpleNamespace(model=model, test_dataloader=loader, _train_loop=dict(max_iters=1))
+    loops = dict(_train_loop=dict(max_iters=1), _val_loop=None, _test_loop=SimpleNamespace(dataloader=loader))
+    runner = SimpleNamespace(model=model, **loops)
     content = load_from_local(saved(tmp_path / 'x.pth'))
     hook.after_load_checkpoint(runner, content)
     with pytest.raises(CheckpointError, match='2 of other shape'):
