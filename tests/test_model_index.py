@@ -20,6 +20,7 @@ def test_the_metafile_of_the_configs():
     for name, model in models.items():
         config, meta = Config.fromfile(ROOT / name), model['Metadata']
         assert model['Name'] == Path(name).stem and model['In Collection'] in collections
+        assert (ROOT / model['Code']).is_file()
         row = next(line for line in table.splitlines() if line.startswith(f'| `{Path(name).name}`'))
         gpus = int(row.split('|')[3].split()[0])
         assert meta['Batch Size'] == gpus * config.train_dataloader.batch_size

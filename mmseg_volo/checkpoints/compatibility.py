@@ -74,18 +74,19 @@ def check_checkpoint(model: nn.Module, content: dict, mode: Mode, classes: Seque
     given = dataset_meta_of(content).get('classes')
     if mode == 'infer' and given and classes and not allows_mismatch(model):
         check_class_names(given, classes, source)
+    _notes_of(content['state_dict']).pop('source', None)  # the segmentor need not check it again on loading
 
 
 def check_weights(segmentor: nn.Module, state: Mapping[str, torch.Tensor], mode: Mode) -> None:
     """Reject or log weights that do not fit ``segmentor``; see :func:`check_checkpoint`.
 
-    Only state dicts read from a file carry ``source``; others are not checked. The check removes ``source``, so it runs
-    once. In 'infer' mode the auxiliary head is not compared, because only training uses it.
+    Only state dicts read from a file carry ``source``; others are not checked. In 'infer' mode the auxiliary head is
+    not compared, because only training uses it.
 
     Raises:
         CheckpointError: weights are missing, unexpected or of other shape.
     """
-    source = _notes_of(state).pop('source', None)
+    source = _notes_of(state).get('source')
     if source is None:
         return
     found = compare(segmentor.state_dict(), state, ignore='auxiliary_head.' if mode == 'infer' else '\0')

@@ -223,6 +223,15 @@ def test_a_frozen_segmentor_is_checked_too(tmp_path):
         load_checkpoint(frozen, path)
 
 
+def test_each_model_that_takes_a_state_dict_checks_it(tmp_path):
+    state = load_from_local(saved(tmp_path / 'x.pth'))['state_dict']
+    load_state_dict(MODELS.build(config().model), state)
+    other = MODELS.build(config(classes=11).model)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r'x\.pth: not the weights'):
+            load_state_dict(other, state)
+
+
 def test_resuming_needs_every_weight(tmp_path):
     content = load_from_local(saved(tmp_path / 'x.pth'))
     model = MODELS.build(config(aux=True, test_cfg=dict(mode='whole', allow_mismatch=True)).model)
