@@ -1,11 +1,13 @@
 """Read an image file's size and EXIF orientation, and check that the file is complete, without decoding it."""
 
+import io
 import zlib
 from typing import NamedTuple
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 _PNG, _JPEG = b'\x89PNG\r\n\x1a\n', b'\xff\xd8'
+_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # the last two: BigTIFF
 _ORIENTATION = 0x0112
 _JPEG_SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers
 _JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
@@ -13,11 +15,21 @@ _CUT_OFF = 'it is cut off'
 
 
 class Header(NamedTuple):
-    """Format ('png', 'jpeg' or 'other'), stored (height, width) or None if unknown, and EXIF orientation."""
+    """What the header of an image file says.
+
+    Attributes:
+        format: 'png', 'jpeg', 'tiff' or 'other'.
+        shape: stored (height, width), or None if unknown.
+        orientation: EXIF orientation, 1 if there is none; not read from TIFF.
+        bits: bits of one value; not read from other formats.
+        bands: number of bands; read from TIFF only.
+    """
 
     format: str
     shape: tuple[int, int] | None = None
     orientation: int = 1
+    bits: int = 8
+    bands: int | None = None
 
 
 def read_header(data: bytes) -> Header:
@@ -35,11 +47,13 @@ def read_header(data: bytes) -> Header:
         return _png(data)
     if data.startswith(_JPEG):
         return _jpeg(data)
+    if data.startswith(_TIFF):
+        return _tiff(data)
     return Header('other')
 
 
 def _png(data: bytes) -> Header:
-    view, at, shape, orientation = memoryview(data), len(_PNG), None, 1
+    view, at, shape, orientation, bits = memoryview(data), len(_PNG), None, 1, 8
     while at + 12 <= len(data):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], 'big')
         if end > len(data):
@@ -49,10 +63,11 @@ def _png(data: bytes) -> Header:
             raise ValueError('it is damaged (a checksum in it differs)')
         if kind == b'IHDR':
             shape = int.from_bytes(data[at + 12 : at + 16], 'big'), int.from_bytes(data[at + 8 : at + 12], 'big')
+            bits = data[at + 16]
         elif kind == b'eXIf':
             orientation = _orientation(data[at + 8 : end - 4])
         elif kind == b'IEND':
-            return Header('png', shape, orientation)
+            return Header('png', shape, orientation, bits)
         at = end
     raise ValueError(_CUT_OFF)
 
@@ -86,6 +101,20 @@ def _jpeg(data: bytes) -> Header:
     if data.find(b'\xff\xd9', at) < 0:
         raise ValueError(_CUT_OFF)
     return Header('jpeg', shape, orientation)
+
+
+def _tiff(data: bytes) -> Header:
+    """Read the first directory of tags, which PIL does for every TIFF: it opens only some kinds of them as images."""
+    file = io.BytesIO(data)
+    try:
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(16 if b'+' in data[:4] else 8))
+        file.seek(tags.next)
+        tags.load(file)
+        shape = int(tags[TiffImagePlugin.IMAGELENGTH]), int(tags[TiffImagePlugin.IMAGEWIDTH])
+        bits, bands = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,)), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+        return Header('tiff', shape, 1, max(bits), int(bands))
+    except Exception:  # PIL may raise anything on broken tags; the decoder then says whether it can read the file
+        return Header('other')
 
 
 def _orientation(exif: bytes) -> int:
