@@ -6,6 +6,7 @@ from mmengine.device import get_device
 
 from mmseg_volo.cli import add_common_arguments, add_inference_arguments, run_tool
 from mmseg_volo.engine.runner import build_runner
+from mmseg_volo.evaluation.prediction_files import leave_out_labels, save_overlays, save_predictions
 from mmseg_volo.inference.model import exported_config
 from mmseg_volo.inference.options import set_inference_options, use_tta
 from mmseg_volo.models.onnx import is_onnx
@@ -40,12 +41,10 @@ def main() -> None:
     )
     if args.aug_test:
         use_tta(config)
-    if args.out:
-        evaluator = config.test_evaluator
-        (evaluator[0] if isinstance(evaluator, list) else evaluator).output_dir = args.out
+    leave_out_labels(config)
+    save_predictions(config, args.out)
     if args.show_dir:
-        config.default_hooks.visualization.update(draw=True, interval=1)
-        config.visualizer.save_dir = args.show_dir
+        save_overlays(config, args.show_dir)
     build_runner(config).test()
 
 

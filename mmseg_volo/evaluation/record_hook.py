@@ -169,7 +169,8 @@ class EvaluationRecordHook(Hook):
         if not any(image['pixels'] for image in images):
             raise _NoRecord('no image has a labelled pixel')
         training = runner._train_loop is not None and not isinstance(runner._train_loop, dict)
-        model, dataset = _unwrapped(runner.model), getattr(self._dataset, 'dataset', self._dataset)
+        model, datasets = _unwrapped(runner.model), _datasets(self._dataset)
+        dataset, name = datasets[0], type(datasets[0]).__name__
         seconds = [image['seconds'] for image in images if image['warm']] or [image['seconds'] for image in images]
         return dict(
             kind=kind,
@@ -178,7 +179,7 @@ class EvaluationRecordHook(Hook):
             aug_test=isinstance(model, BaseTTAModel),
             date=datetime.now().astimezone().isoformat(timespec='seconds'),
             dataset=dict(
-                type=type(dataset).__name__,
+                type=name if len(datasets) == 1 else f'{name} and {len(datasets) - 1} more',
                 data_root=_text(getattr(dataset, 'data_root', None)) or '',
                 img_path=_text((getattr(dataset, 'data_prefix', None) or {}).get('img_path')) or '',
                 pictures=len(images),
@@ -207,6 +208,12 @@ class EvaluationRecordHook(Hook):
             seconds_per_picture=float(f'{sum(seconds) / len(seconds) / get_world_size():.4g}'),
             environment=_environment(model, self._network),
         )
+
+
+def _datasets(dataset: object) -> list:
+    """The data sets inside wrappers such as SeededDataset, ConcatDataset and RepeatDataset."""
+    inner = vars(dataset).get('datasets') or [vars(dataset).get('dataset')]
+    return [dataset] if inner[0] is None else [found for one in inner for found in _datasets(one)]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

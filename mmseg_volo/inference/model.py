@@ -54,6 +54,8 @@ def init_model(
         config.merge_from_dict(cfg_options)
     if is_onnx(checkpoint):
         config, checkpoint = with_onnx(config, checkpoint, device)[0], None
+    if 'data_preprocessor' in config:  # for a model without its own, as in mmengine's Runner
+        config.model.setdefault('data_preprocessor', config.data_preprocessor)
     model = mmseg.apis.init_model(config, device='cpu')
     init_default_scope(config.get('default_scope', 'mmseg'))
     known, content = dataset_meta(config), None
@@ -66,7 +68,8 @@ def init_model(
         if content['state_dict']:
             consume_prefix_in_state_dict_if_present(content['state_dict'], 'module.')
             load_state_dict(model, content['state_dict'], logger='current')
-    model.dataset_meta = _complete(dataset_meta_of(content or {}), known, model.decode_head.num_classes)
+    head = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+    model.dataset_meta = _complete(dataset_meta_of(content or {}), known, head.num_classes)
     return model.to(device).eval()
 
 

@@ -18,7 +18,7 @@ from ..models.onnx import is_onnx, with_onnx
 from ..models.windows import WindowNetwork
 from .images import as_bgr
 from .model import init_model
-from .options import check_tta, set_inference_options
+from .options import check_tta, datasets_to_test, set_inference_options
 
 
 class Prediction(NamedTuple):
@@ -73,7 +73,7 @@ class Predictor:
         if aug_test:
             check_tta(config)
             self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
-        pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
+        pipeline = config.tta_pipeline if aug_test else datasets_to_test(config)[0].pipeline
         self.pipeline = Compose(_for_arrays(pipeline))
 
     def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':

@@ -92,7 +92,11 @@ class StreamingEncoderDecoder(EncoderDecoder):
         """
         if isinstance(data, dict):
             _check_images(self.data_preprocessor, data.get('inputs', ()), data.get('data_samples'))
-        return super().test_step(data)
+        return _by_size(super().test_step, data)
+
+    def val_step(self, data: dict | tuple | list) -> SampleList:
+        """Predict a batch from the data loader, as in mmengine."""
+        return _by_size(super().val_step, data)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: SampleList | None = None) -> SampleList:
@@ -139,14 +143,14 @@ class StreamingTTAModel(SegTTAModel):
     Args:
         module: an :class:`EncoderDecoder` of this package or mmseg, or its config.
         sigmoid_twice: for heads with one output channel. mmseg's SegTTAModel applies a second sigmoid to the output of
-            ``predict``, so that no value is below 0.5. True gives mmseg's result; False averages the probabilities.
+            ``predict``, so that no value is below 0.5. True does the same; False averages the probabilities.
 
     Raises:
         TypeError: ``module`` is another kind of model.
     """
 
     def __init__(
-        self, module: nn.Module | dict, data_preprocessor: nn.Module | dict | None = None, sigmoid_twice: bool = True
+        self, module: nn.Module | dict, data_preprocessor: nn.Module | dict | None = None, sigmoid_twice: bool = False
     ):
         super().__init__(module, data_preprocessor)
         if not isinstance(self.module, EncoderDecoder):
@@ -157,7 +161,7 @@ class StreamingTTAModel(SegTTAModel):
         if self.module.out_channels == 1 and sigmoid_twice and self.module.decode_head.threshold <= 0.5:
             warnings.warn(
                 "as in mmseg's SegTTAModel, the sigmoid is applied twice, so every pixel is over the threshold "
-                f'{self.module.decode_head.threshold}; tta_model=dict(sigmoid_twice=False) averages the probabilities',
+                f'{self.module.decode_head.threshold}; without sigmoid_twice=True, the probabilities are averaged',
                 stacklevel=2,
             )
         own = isinstance(self.module, StreamingEncoderDecoder)
@@ -191,11 +195,27 @@ class StreamingTTAModel(SegTTAModel):
             # It is pixel-wise: applied to windows, it leaves the view in 8 bits.
             crops = [_prepared_crops(preprocessor, image) for image in inputs]
             return [_view(self.module, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
-        prepared = preprocessor(dict(inputs=inputs, data_samples=samples), False)
-        return [
-            _view(self.module, sample, image)
-            for sample, image in zip(prepared['data_samples'], prepared['inputs'], strict=True)
+        # One by one: it may stack a batch, which takes images of one size only.
+        prepared = [
+            preprocessor(dict(inputs=[image], data_samples=[sample]), False)
+            for image, sample in zip(inputs, samples, strict=True)
         ]
+        return [_view(self.module, one['data_samples'][0], one['inputs'][0]) for one in prepared]
+
+
+def _by_size(step: Callable, data: dict | tuple | list) -> SampleList:
+    """Run ``step`` for the images of each size: mmseg's data preprocessor stacks a batch, which needs one size."""
+    images = data.get('inputs') if isinstance(data, dict) else None
+    shapes = [tuple(image.shape) for image in images] if isinstance(images, (list, tuple)) else []
+    if len(set(shapes)) < 2:
+        return step(data)
+    results: list[SegDataSample | None] = [None] * len(shapes)
+    for shape in dict.fromkeys(shapes):
+        chosen = [i for i, other in enumerate(shapes) if other == shape]
+        found = step({key: [values[i] for i in chosen] if values else values for key, values in data.items()})
+        for i, result in zip(chosen, found, strict=True):
+            results[i] = result
+    return results
 
 
 def _check_images(pre: nn.Module, images: Sequence[Tensor], samples: SampleList | None) -> None:
