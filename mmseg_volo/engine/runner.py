@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import BaseLoop, CheckpointLoader, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
-from mmseg.registry import RUNNERS
+from mmseg.registry import DATA_SAMPLERS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -29,12 +30,14 @@ from ..checkpoints.writing import save
 from ..datasets.checks.check import build_checked, check_not_empty, quick_check
 from ..errors import USER_ERRORS, CheckpointError, ConfigError, ProcessLost, TrainingStopped
 from ..utils.unwrap import bare_model
-from .checkpoint_hook import AtomicCheckpointHook, collect
+from .checkpoint_hook import AtomicCheckpointHook
+from .continuity import check_continuity
 from .distributed import init_gloo, watch_over
 from .guards import classes_of
 from .lock import FolderLock, is_locked
-from .loop import SeededDataset, seed_everything
+from .loop import SeededDataset, check_epochs_end, seed_everything
 from .resume import check_resumable, newest_checkpoint
+from .saving import collect
 from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole_parameters
 
 
@@ -93,6 +96,28 @@ class VOLORunner(Runner):
                 if isinstance(hook, AtomicCheckpointHook):
                     hook.release()
             locks.close()
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As in mmengine; a run by epochs gets DefaultSampler in place of a sampler that never ends.
+
+        Raises:
+            ConfigError: a run by epochs has a data loader that never ends.
+        """
+        loader = self._train_dataloader
+        if isinstance(loop, dict) and isinstance(loader, dict) and _counts_epochs(loop):
+            sampler = loader.get('sampler')
+            kind = sampler.get('type') if isinstance(sampler, dict) else None
+            kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+            if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
+                # All other arguments are the same.
+                self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))
+                self.logger.info(
+                    f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
+                    'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
+                )
+        loop = super().build_train_loop(loop)
+        check_epochs_end(loop)
+        return loop
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
@@ -157,11 +182,12 @@ class VOLORunner(Runner):
         """As in mmengine, after a check of the file against the model.
 
         Training loads what fits and logs the rest. A test rejects a checkpoint of another model or of other classes. To
-        resume, the file must hold the state of a training run.
+        resume, the file must hold the state of a training run with the same optimizer, schedules and classes.
 
         Raises:
-            CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint` and
-                :func:`~mmseg_volo.engine.resume.check_resumable`.
+            CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`,
+                :func:`~mmseg_volo.engine.resume.check_resumable` and
+                :func:`~mmseg_volo.engine.continuity.check_continuity`.
         """
         path, checkpoint = self._found or (None, None)
         self._found = None
@@ -170,6 +196,7 @@ class VOLORunner(Runner):
         model = bare_model(self.model)
         if self._resume:
             check_resumable(checkpoint, Path(filename))
+            check_continuity(self, checkpoint, filename)
         check_checkpoint(model, checkpoint, 'resume' if self._resume else self._mode, classes_of(self))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         with whole_parameters(self.model):
@@ -269,6 +296,12 @@ class VOLORunner(Runner):
         if not self._resume:
             with whole_parameters(self.model):
                 super()._init_model_weights()
+
+
+def _counts_epochs(loop: dict) -> bool:
+    kind = loop.get('type')
+    kind = LOOPS.get(kind) if isinstance(kind, str) else kind
+    return issubclass(kind, EpochBasedTrainLoop) if isinstance(kind, type) else bool(loop.get('by_epoch'))
 
 
 # Set to 1 when this process exits. The memory is shared with forked workers.

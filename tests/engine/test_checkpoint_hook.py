@@ -9,8 +9,8 @@ import pytest
 from small_runs import checkpoint
 
 from mmseg_volo.checkpoints.writing import replace_text, save
-from mmseg_volo.engine.checkpoint_hook import Writer
 from mmseg_volo.engine.resume import newest_checkpoint
+from mmseg_volo.engine.saving import Writer
 from mmseg_volo.errors import CheckpointError, SaveError
 
 LOGGER = logging.getLogger('test_checkpoint_hook')
