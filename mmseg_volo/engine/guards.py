@@ -16,18 +16,23 @@ from ..checkpoints.compatibility import check_checkpoint
 from ..datasets.checks.labels import likely_cause
 from ..errors import DataError, TrainingDiverged
 from ..utils.unwrap import bare_model
+from .loop import check_epochs_end
 from .optim import should_update, wrappers_of
 
 
 @HOOKS.register_module()
 class MatchingCheckpointHook(Hook):
-    """Check a checkpoint against the model before it is loaded, for runners other than ``VOLORunner``.
+    """Check what ``VOLORunner`` checks itself, for other runners: checkpoints against the model, and the sampler.
 
     Training loads what fits and logs the rest. A test rejects a checkpoint of another model or of other class names,
-    unless ``model.test_cfg.allow_mismatch`` is true.
+    unless ``model.test_cfg.allow_mismatch`` is true. Training by epochs needs a sampler that ends them.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook, which loads the content too
+
+    def before_train(self, runner: Runner) -> None:
+        """Raise ConfigError for epochs that never end."""
+        check_epochs_end(runner.train_loop)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the content of the file.

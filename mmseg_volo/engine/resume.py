@@ -11,7 +11,9 @@ from ..errors import CheckpointError
 _NAME = re.compile(r'(iter|epoch)_(\d+)\.pth')
 
 
-def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> tuple[str, dict] | None:
+def newest_checkpoint(
+    folders: Iterable[Path], logger: Logger, templates: Iterable[str] = ()
+) -> tuple[str, dict] | None:
     """Find and read the newest complete checkpoint of a training run.
 
     The time noted inside each file decides, not the file's own time, which copying changes, and not the file
@@ -20,6 +22,7 @@ def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> tuple[str, dic
     Args:
         folders: where to look.
         logger: logs each file that is skipped, and why.
+        templates: names of checkpoints besides ``iter_{}.pth`` and ``epoch_{}.pth``; {} stands for a number.
 
     Returns:
         Path and content of the checkpoint, or None if there is none at all.
@@ -27,7 +30,9 @@ def newest_checkpoint(folders: Iterable[Path], logger: Logger) -> tuple[str, dic
     Raises:
         CheckpointError: there are checkpoints, but none is complete.
     """
-    files = {file for folder in folders if folder.is_dir() for file in folder.iterdir() if _NAME.fullmatch(file.name)}
+    names = [_NAME, *(re.compile(r'\d+'.join(map(re.escape, template.split('{}')))) for template in templates)]
+    there = {file for folder in folders if folder.is_dir() for file in folder.iterdir()}
+    files = {file for file in there if any(name.fullmatch(file.name) for name in names)}
     broken: list[str] = []
     dated = []
     for file in sorted(files):

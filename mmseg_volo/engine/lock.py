@@ -1,0 +1,99 @@
+"""Keep two training runs out of one folder."""
+
+import errno
+import os
+import socket
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from mmengine.logging import print_log
+
+from ..errors import ConfigError
+
+NAME = '.training.lock'
+_OWN: dict[Path, str] = {}  # lock files that this process holds, and their text: its own locks never conflict
+
+
+class FolderLock:
+    """Lock a folder for one training run, until :meth:`release`; other processes may still read it.
+
+    The operating system holds the lock on the file ``.training.lock``, and releases it when this process ends, however
+    it ends. So a file that is left behind locks nothing. Child processes, such as data loader workers, do not inherit
+    the lock. Where the file system has no locks, a warning is logged and the folder is not locked.
+
+    Args:
+        folder: created where it is missing.
+
+    Raises:
+        ConfigError: another run has locked the folder; the message names its process, host and start.
+        OSError: the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder.resolve() / NAME
+        if self._file in _OWN:
+            raise _in_use(folder, _OWN[self._file])
+        self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
+        try:
+            _lock(self._handle)
+        except OSError as error:
+            text = os.read(self._handle, 300).decode(errors='replace')
+            os.close(self._handle)
+            self._handle = None
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise _in_use(folder, text) from None
+            print_log(f'{folder} cannot be locked ({error.strerror}): start no second run there', 'current', 30)
+            return
+        with suppress(OSError):  # whoever may write into the folder may lock it later
+            os.chmod(self._file, folder.stat().st_mode & 0o666)
+        text = f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n'
+        os.ftruncate(self._handle, 0)
+        os.write(self._handle, text.encode())
+        _OWN[self._file] = text
+
+    def release(self) -> None:
+        """Release the lock; the file stays, because removing it could hit the next run's lock."""
+        if self._handle is not None:
+            del _OWN[self._file]
+            os.close(self._handle)
+            self._handle = None
+
+
+def is_locked(folder: str | Path) -> bool:
+    """Whether a training run has locked the folder."""
+    if not Path(folder, NAME).exists():
+        return False
+    try:
+        FolderLock(folder).release()
+    except ConfigError:
+        return True
+    except OSError:  # such as a file of another user
+        pass
+    return False
+
+
+def _lock(handle: int) -> None:
+    """Lock an open file without waiting; raise OSError if another process has locked it, or if nothing can."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        os.lseek(handle, 2**30, os.SEEK_SET)  # Windows lets nobody read locked bytes, so lock one beyond the text
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
+    else:
+        # Not flock: its locks live on in forked children.
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _in_use(folder: Path, holder: str) -> ConfigError:
+    return ConfigError(
+        f'{folder} is in use by another training run: {holder.strip() or "unknown"}. Two runs would overwrite each '
+        "other's checkpoints: wait for its end, stop it, or give another --work-dir"
+    )
