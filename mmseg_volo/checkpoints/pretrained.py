@@ -2,16 +2,17 @@
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..errors import CheckpointError
 from .compatibility import fits, listed
+from .content import WEIGHT_KEYS
+from .reading import load
 
 # Weights of the ImageNet classifier alone; all others in a file must fit the backbone.
 CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
 # Where a file may hold its weights. The exponential moving average comes first, as in timm.
-STATE_KEYS = ('state_dict_ema', 'state_dict')
+STATE_KEYS = tuple(sorted(WEIGHT_KEYS, key='state_dict_ema'.__ne__))
 
 
 def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
@@ -27,6 +28,8 @@ def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: the content has no weights, or not those of a VOLO.
     """
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{source}: expected a dict of weights, found {type(content).__name__}')
     key = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
     state = content[key] if key else content
     state = {str(name).removeprefix('module.'): value for name, value in state.items()}
@@ -75,7 +78,7 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
         FileNotFoundError: no such file.
         CheckpointError: the file is broken or unsafe, or holds no VOLO or another variant. The backbone is unchanged.
     """
-    state = volo_state_dict(CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='current'), source)
+    state = volo_state_dict(load(source), source)
     own, archs = backbone.state_dict(), backbone.arch_settings
     classifier = [name for name in state if name.startswith(CLASSIFIER)]
     # A backbone with fewer stages, or without output norms, does not need these.

@@ -13,6 +13,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..checkpoints.compatibility import check_checkpoint
+from ..checkpoints.content import as_checkpoint
 from ..datasets.checks.labels import likely_cause
 from ..errors import DataError, TrainingDiverged
 from ..utils.unwrap import bare_model
@@ -40,6 +41,7 @@ class MatchingCheckpointHook(Hook):
         Raises:
             CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`.
         """
+        checkpoint.update(as_checkpoint(checkpoint))
         if isinstance(runner._train_loop, BaseLoop):  # built in training; still a config in a test
             check_checkpoint(bare_model(runner.model), checkpoint, 'train')
         else:

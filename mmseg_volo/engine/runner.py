@@ -19,13 +19,14 @@ from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_ma
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import BaseLoop, CheckpointLoader, EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmseg.registry import DATA_SAMPLERS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints.compatibility import Mode, check_checkpoint
+from ..checkpoints.reading import load_checkpoint
 from ..checkpoints.writing import save
 from ..datasets.checks.check import build_checked, check_not_empty, quick_check
 from ..errors import USER_ERRORS, CheckpointError, ConfigError, ProcessLost, TrainingStopped
@@ -192,7 +193,7 @@ class VOLORunner(Runner):
         path, checkpoint = self._found or (None, None)
         self._found = None
         if path != filename:
-            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location, 'current')
+            checkpoint = load_checkpoint(filename, map_location)
         model = bare_model(self.model)
         if self._resume:
             check_resumable(checkpoint, Path(filename))
@@ -204,6 +205,7 @@ class VOLORunner(Runner):
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         if self._resume:
+            checkpoint['message_hub']['runtime_info'].pop('cfg', None)  # the run has its own
             before = checkpoint['meta'].get('world_size', self.world_size)
             if before != self.world_size:
                 self.logger.warning(

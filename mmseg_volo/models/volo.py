@@ -353,7 +353,7 @@ class VOLO(BaseModule):
         # Accept weights that were trained for another image size.
         key = f'{prefix}pos_embed'
         given = state_dict.get(key)
-        if given is not None and hasattr(self, 'pos_embed') and given.dim() == 4:
+        if isinstance(given, torch.Tensor) and hasattr(self, 'pos_embed') and given.dim() == 4:
             state_dict[key] = resize_pos_embed(given, self.pos_embed.shape[1:3])
         super()._load_from_state_dict(state_dict, prefix, *args)
 

