@@ -156,7 +156,6 @@ def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
         'cut.jpg': (jpeg[: len(jpeg) // 2], 'it is cut off'),
         'cut.png': (png[: len(png) // 2], 'it is cut off'),
         'changed.png': (png[:2000] + bytes([png[2000] ^ 255]) + png[2001:], 'it is damaged'),
-        'one.png': (cv2.imencode('.png', image[:1, :1])[1].tobytes(), '1 x 1 pixels; each side needs 16'),
         'moving.gif': (moving.getvalue(), 'holds 2 images'),
         'wide.png': (cv2.imencode('.png', np.zeros((1001, 1000), np.uint8))[1].tobytes(), '1000 x 1001 pixels'),
         'bomb.png': (bomb, 'far too many pixels'),

@@ -11,7 +11,7 @@ from mmseg_volo.cli import run_tool
 from mmseg_volo.demo import check_installed
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
-from mmseg_volo.inference.files import IMAGE_SUFFIXES
+from mmseg_volo.inference.sources import find_images
 from mmseg_volo.utils.config import load_config
 
 
@@ -59,10 +59,10 @@ def main() -> None:
 
 
 def _images(folder: str) -> list[Path]:
-    images = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise ConfigError(f'--examples: there are no images ({", ".join(IMAGE_SUFFIXES)}) in {folder}')
-    return images[:10]
+    try:
+        return list(find_images([folder]))[:10]
+    except FileNotFoundError as error:
+        raise ConfigError(f'--examples: {error}') from error
 
 
 if __name__ == '__main__':

@@ -8,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..inference.files import find_images
 from ..inference.predictor import Predictor
+from ..inference.sources import find_images
 from ..models.windows import PRECISIONS
 from ..utils.config import load_config
 from . import plots, tables

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -160,9 +161,11 @@ class Page:
                 if not upload or not upload['path']:
                     raise RefusedImage('Choose an image first.')
                 path = Path(upload['path'])
-                image = read_upload(path, self._limits.megapixels)
+                read = partial(self._model.read, multi_scale=bool(multi_scale))
+                loaded = read_upload(path, self._limits.megapixels, read)
+                image = loaded.shown()
                 started = time.monotonic()
-                prediction = self._model.predict(image, bool(multi_scale), precision, step)
+                prediction = self._model.predict(loaded, bool(multi_scale), precision, step)
                 seconds = time.monotonic() - started
                 how = ', '.join(filter(None, ('multi-scale' if multi_scale else 'single scale', precision)))
                 note = f'{image.shape[1]} x {image.shape[0]} pixels, {how}, {seconds:.1f} s'

@@ -3,11 +3,13 @@
 import threading
 from collections.abc import Callable
 from functools import cache
+from os import PathLike
 
 import numpy as np
 import torch
 
 from ..errors import ConfigError
+from ..inference.pipeline import LoadedImage
 from ..inference.predictor import Prediction, Predictor
 from ..models.windows import PRECISIONS
 
@@ -58,16 +60,20 @@ class SharedModel:
 
         predictor = self._with_options(precision=precision)
         try:
-            predictor.predict(predictor.prepare(np.zeros((64, 64, 3), np.uint8)), stop)
+            predictor.predict(predictor.prepare(np.zeros((64, 64, predictor.channels), np.uint8)), stop)
         except Stopped:
             return True
         except (RuntimeError, NotImplementedError):  # the device lacks an operator in this precision
             return False
         return True
 
+    def read(self, path: str | PathLike, multi_scale: bool = False) -> LoadedImage:
+        """Read a file with the loader of the config; see :meth:`~mmseg_volo.inference.Predictor.read`."""
+        return self._with_options(aug_test=multi_scale and self.multi_scale).read(path)
+
     def predict(
         self,
-        image: np.ndarray,
+        image: np.ndarray | LoadedImage,
         multi_scale: bool = False,
         precision: str | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -75,7 +81,7 @@ class SharedModel:
         """Predict one image; waits until the prediction before it has ended.
 
         Args:
-            image: BGR (H, W, 3), uint8.
+            image: what :meth:`read` returned, or an array; see :meth:`~mmseg_volo.inference.Predictor.prepare`.
             multi_scale: use test-time augmentation.
             precision: one of ``precisions``; None for the config's own.
             progress: see :meth:`~mmseg_volo.inference.Predictor.predict`; also called before the first window, with 0

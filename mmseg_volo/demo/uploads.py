@@ -1,18 +1,17 @@
 """Validate uploads before decoding and refuse them with a message that their owner understands."""
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..inference.images import read_image
+from ..inference.pipeline import LoadedImage
 
 # What both PIL and OpenCV read. PIL also opens MPO as JPEG: many cameras store a second image in it.
 _FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF')
 FORMATS = 'PNG, JPEG, WebP, BMP, TIFF or GIF'
-_SMALLEST = 16  # pixels a side: one cell of the network's coarsest grid
 
 
 class Limits(NamedTuple):
@@ -26,18 +25,19 @@ class RefusedImage(ValueError):
     """A file that is not accepted; the message is for the person who uploaded it."""
 
 
-def read_upload(path: str | Path, megapixels: float) -> np.ndarray:
+def read_upload(path: str | Path, megapixels: float, read: Callable[[Path], LoadedImage]) -> LoadedImage:
     """Read an uploaded image. Its format and size are taken from the header, before anything is decoded.
 
     Args:
         path: the file.
         megapixels: the largest size accepted, in millions of pixels.
+        read: reads the file as the model's config does; see :meth:`~mmseg_volo.inference.Predictor.read`.
 
     Returns:
-        BGR (H, W, 3), uint8, rotated as its EXIF data say.
+        The image, for the model.
 
     Raises:
-        RefusedImage: the file is missing, too large or too small, an animation, not an image, or broken.
+        RefusedImage: the file is missing, too large, an animation, not an image, or broken.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,10 +50,8 @@ def read_upload(path: str | Path, megapixels: float) -> np.ndarray:
             f'The image has {width} x {height} pixels ({width * height / 1e6:.1f} megapixels); the limit is '
             f'{megapixels:g} megapixels. Please make it smaller.'
         )
-    if min(width, height) < _SMALLEST:
-        raise RefusedImage(f'The image has {width} x {height} pixels; each side needs {_SMALLEST} or more.')
     try:
-        return read_image(path)
+        return read(path)
     except ValueError as error:
         raise RefusedImage(f'The file cannot be read: {error}. Please save it again as PNG or JPEG.') from error
 

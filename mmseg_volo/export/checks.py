@@ -16,8 +16,8 @@ from mmseg.registry import DATASETS
 from mmseg.structures import SegDataSample
 
 from ..errors import ExportError
-from ..inference.files import find_images
 from ..inference.images import read_image
+from ..inference.sources import find_images
 from ..models.onnx import STEP, Run
 from ..utils.unwrap import bare_dataset
 from .formats import OPSET

@@ -2,10 +2,8 @@
 
 import contextlib
 import errno
-import glob
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,14 +20,15 @@ from tqdm import tqdm
 from ..utils.ahead import ahead
 from ..utils.files import atomic_write, part_of
 from ..utils.signals import Stopped, StopSignals
-from .images import read_image
+from ..utils.unwrap import bare_dataset
 from .manifest import Manifest, identity
+from .pipeline import LoadedImage
 from .pool import Work, share_out
 from .predictor import Prediction, Predictor
-from .video import PREPARED_AHEAD, VIDEO_SUFFIXES, predict_video
+from .sources import find_sources
+from .video import PREPARED_AHEAD, predict_video
 from .visualize import add_legend, entries_of, overlay
 
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff', '.webp')
 _ENDINGS = '.png', '_overlay.png', '_confidence.png'
 _FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}  # the next write fails too
 
@@ -65,93 +64,6 @@ class Outputs:
 
 class OutputError(OSError):
     """A result cannot be written, and the next ones could not either; the message names the file and the reason."""
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
-
-
-def _is_video(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
-
-
-def _expand(source: str, without: Path | None) -> dict[Path, Path]:
-    """Map the files of a source to their relative paths. A folder gives its images, or its videos if it has no image.
-
-    Files below the resolved path ``without`` are no part of a folder.
-    """
-    path = Path(source)
-    if path.is_file():
-        return {path: Path(path.name)}
-    if source and path.is_dir():  # an empty string, such as an unset shell variable, is not the current folder
-        inside = {p: p.relative_to(path) for p in sorted(path.rglob('*')) if _is_video(p) or _is_image(p)}
-        if without is not None and without != path.resolve():
-            inside = {p: relative for p, relative in inside.items() if without not in p.resolve().parents}
-        images = {p: relative for p, relative in inside.items() if not _is_video(p)}
-        if images and len(images) < len(inside):
-            count = len(inside) - len(images)
-            print(
-                f'{source}: skipped {count} video{"s" * (count > 1)} beside the images; name videos to predict them',
-                file=sys.stderr,
-            )
-        return images or inside
-    matches = sorted(Path(p) for p in glob.glob(source, recursive=True))
-    return {p: Path(p.name) for p in matches if _is_image(p) or _is_video(p)}
-
-
-def find_sources(sources: Iterable[str], out_dir: str | None = None) -> tuple[dict[Path, Path], dict[Path, Path]]:
-    """Find the images and the videos of files, folders (with their subfolders) and glob patterns.
-
-    A folder gives its videos only if it has no image. Files below ``out_dir`` are results and no part of a folder.
-
-    Returns:
-        A dict that maps each image to the path of its results, below the output folder and without a suffix: the file
-        name, or for a folder the path in it. If two images would get the same path, both keep their own suffix in it.
-        A second dict does the same for the videos.
-
-    Raises:
-        FileNotFoundError: a source does not exist, or has neither images nor videos.
-        FileExistsError: two images would get the same path all the same.
-    """
-    found: dict[Path, Path] = {}
-    for source in sources:
-        files = _expand(source, Path(out_dir).resolve() if out_dir is not None else None)
-        if not files:
-            raise FileNotFoundError(
-                f'{source or "an empty name"}: no image found; expected a file, a folder or a pattern with '
-                f'{", ".join(IMAGE_SUFFIXES)}, or videos: {", ".join(VIDEO_SUFFIXES)}'
-            )
-        found.update(files)
-    videos = {path: relative for path, relative in found.items() if _is_video(path)}
-    images = {path: relative for path, relative in found.items() if path not in videos}
-    return _targets(images), _targets(videos)
-
-
-def find_images(sources: Iterable[str]) -> dict[Path, Path]:
-    """Find only images; see :func:`find_sources`.
-
-    Raises:
-        FileNotFoundError: a source does not exist, or has no image.
-    """
-    images, videos = find_sources(sources)
-    if videos:
-        raise FileNotFoundError(f'{next(iter(videos))}: no image found, only videos')
-    return images
-
-
-def _targets(found: dict[Path, Path]) -> dict[Path, Path]:
-    """Take the suffixes off the relative paths where the paths stay different without them."""
-    counts = Counter(relative.with_suffix('') for relative in found.values())
-    taken: dict[Path, Path] = {}
-    for path, relative in found.items():
-        target = relative.with_suffix('') if counts[relative.with_suffix('')] == 1 else relative
-        if target in taken:
-            raise FileExistsError(
-                f'{taken[target]} and {path} would have the same name in the output folder ({target}); '
-                'predict them into different folders'
-            )
-        taken[target] = path
-    return {path: target for target, path in taken.items()}
 
 
 def predict_files(
@@ -196,8 +108,12 @@ def predict_files(
         Stopped: by SIGINT or SIGTERM; all results so far are complete.
     """
     outputs = Outputs(Path(out_dir), with_overlay, with_legend, opacity, video_format)
-    images, videos = find_sources(sources, out_dir)
+    dataset = bare_dataset((predictor.config.get('test_dataloader') or {}).get('dataset'))
+    own = Path(f'x{dataset.get("img_suffix", "")}').suffix.lower()
+    images, videos = find_sources(sources, out_dir, filter(None, [own]))
     _check_folder(outputs.folder, {**images, **videos})
+    confident = isinstance(predictor, Recipe) and bool(predictor.options.get('confidence'))
+    _check_names(images, ['.png', *['_overlay.png'] * with_overlay, *['_confidence.png'] * confident])
     manifest = None
     if isinstance(predictor, Recipe):
         same_results = 'window_batch', 'cuda_graph'
@@ -229,6 +145,17 @@ def _check_folder(folder: Path, targets: dict[Path, Path]) -> None:
     for path, target in targets.items():
         if any(_result(folder.resolve() / target, ending) in sources for ending in _ENDINGS):
             raise FileExistsError(f'the results of {path} would replace a source in {folder}; choose another folder')
+
+
+def _check_names(images: dict[Path, Path], endings: list[str]) -> None:
+    """Raise FileExistsError if two images have a result of the same name, as a.png and a_overlay.png may have."""
+    taken: dict[Path, Path] = {}
+    for path, target in images.items():
+        for result in (_result(target, ending) for ending in endings):
+            if (other := taken.setdefault(result, path)) is not path:
+                raise FileExistsError(
+                    f'{other} and {path} would both be written to {result}; predict them into different folders'
+                )
 
 
 def _result(target: Path, ending: str) -> Path:
@@ -387,22 +314,23 @@ def _load(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[
     """
     for path, target in tasks:
         try:
-            image = read_image(path)
-            small = image.shape[0] * image.shape[1] <= PREPARED_AHEAD
-            loaded = image, predictor.prepare(image) if small else None
+            image = predictor.read(path)
+            loaded = image, predictor.prepare(image) if image.pixels <= PREPARED_AHEAD else None
         except Exception as error:
             loaded = error
         yield target, loaded
 
 
-def _save(predictor: Predictor, outputs: Outputs, target: Path, image: np.ndarray, prediction: Prediction) -> list[str]:
+def _save(
+    predictor: Predictor, outputs: Outputs, target: Path, image: LoadedImage, prediction: Prediction
+) -> list[str]:
     """Write the results of one image; return their paths below the output folder."""
     dtype = np.uint8 if len(predictor.classes) <= 256 else np.uint16
     results = {'.png': prediction.classes.astype(dtype)}
     if prediction.confidence is not None:
         results['_confidence.png'] = np.rint(prediction.confidence * 255).astype(np.uint8)
     if outputs.with_overlay:
-        painted = overlay(image, prediction.classes, predictor.palette, outputs.opacity)
+        painted = overlay(image.shown(), prediction.classes, predictor.palette, outputs.opacity)
         if outputs.with_legend:
             painted = add_legend(painted, entries_of(predictor.classes, predictor.palette, prediction.classes))
         results['_overlay.png'] = painted

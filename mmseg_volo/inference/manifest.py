@@ -19,8 +19,8 @@ NAME = 'predict.jsonl'
 
 def identity(config: Config, checkpoint: str, aug_test: bool, **options) -> dict:
     """Describe what determines the results: hashes of the model and pipeline config and of the checkpoint, options."""
-    dataset = (config.get('test_dataloader') or {}).get('dataset')
-    parts = [config.model, model_preprocessor(config), bare_dataset(dataset).get('pipeline')]
+    dataset = bare_dataset((config.get('test_dataloader') or {}).get('dataset'))
+    parts = [config.model, model_preprocessor(config), dataset.get('pipeline')]
     if aug_test:
         parts += [config.get('tta_model'), config.get('tta_pipeline')]
     text = json.dumps(parts, default=str, sort_keys=True)

@@ -1,24 +1,24 @@
 """Predict the class ids of images with mmseg's model, pipeline and test-time augmentation."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from os import PathLike
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
-from mmcv.transforms import Compose
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
 from mmengine.device import get_device
 from mmseg.registry import MODELS
 from torch import nn
 
+from ..errors import ConfigError
+from ..models.inputs import expected_by
 from ..models.onnx import is_onnx, with_onnx
 from ..models.windows import WindowNetwork
-from .images import as_bgr
 from .model import init_model
 from .options import check_tta, datasets_to_test, set_inference_options
+from .pipeline import LoadedImage, Pipeline
 
 
 class Prediction(NamedTuple):
@@ -42,6 +42,8 @@ class Predictor:
 
     Attributes:
         classes, palette: class names and RGB colours of the checkpoint, or else of the config's data set.
+        config: the config; do not change it.
+        channels: channels of the images that the model takes.
 
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading`.
@@ -59,13 +61,13 @@ class Predictor:
         config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
         if is_onnx(checkpoint):
             config, checkpoint = with_onnx(config, checkpoint, device or get_device())[0], None
-        self._config = copy.deepcopy(config)
+        self.config = copy.deepcopy(config)
         set_inference_options(config, aug_test, **options)
         self._segmentor = init_model(config, checkpoint, device)
         self.classes = self._segmentor.dataset_meta['classes']
         self.palette = self._segmentor.dataset_meta['palette']
         convolutions = (m for m in self._segmentor.backbone.modules() if isinstance(m, nn.Conv2d))
-        self._takes_colour = next((m.in_channels for m in convolutions), 3) == 3
+        self.channels = next((m.in_channels for m in convolutions), 3)
         self._use(config, aug_test)
 
     def _use(self, config: Config, aug_test: bool) -> None:
@@ -73,8 +75,12 @@ class Predictor:
         if aug_test:
             check_tta(config)
             self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
-        pipeline = config.tta_pipeline if aug_test else datasets_to_test(config)[0].pipeline
-        self.pipeline = Compose(_for_arrays(pipeline))
+        pipeline = config.tta_pipeline if aug_test else datasets_to_test(config)[0].get('pipeline')
+        if not pipeline:
+            raise ConfigError('test_dataloader.dataset.pipeline is missing in the config: how images are prepared')
+        expected = expected_by(self._segmentor)
+        takes_bgr = self.channels == 3 and (expected.is_8_bit or not expected.mean)
+        self.pipeline = Pipeline(pipeline, takes_bgr)
 
     def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':
         """Return a predictor with other options that shares the weights of this one.
@@ -87,35 +93,57 @@ class Predictor:
         Raises:
             ConfigError: see the class.
         """
-        config = copy.deepcopy(self._config)
+        config = copy.deepcopy(self.config)
         set_inference_options(config, aug_test, **options)
         other = copy.copy(self)
         other._use(config, aug_test)
         return other
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
+    def __call__(self, image: np.ndarray | str | PathLike) -> np.ndarray:
         """Return the class ids (H, W), int64, of one image; see :meth:`prepare` for its form."""
         return self.predict(self.prepare(image)).classes
 
-    def prepare(self, image: np.ndarray) -> dict:
+    def read(self, path: str | PathLike) -> LoadedImage:
+        """Read a file with the loader of the config's test pipeline, as ``tools/test.py`` does.
+
+        Returns:
+            The image, for :meth:`prepare`; its method ``shown`` gives it as BGR (H, W, 3), uint8, to look at.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is no image that the loader reads, or broken.
+        """
+        return self.pipeline.read(path)
+
+    def read_frame(self, frame: np.ndarray) -> LoadedImage:
+        """Convert a frame of a video, BGR (H, W, 3), uint8, to what the loader would return for such an image.
+
+        Raises:
+            ValueError: the loader cannot read it, or the model needs more channels.
+        """
+        loaded = self.pipeline.from_frame(frame)
+        if self.channels > 3:
+            raise ValueError(f'the frames of a video have 3 channels, the model takes {self.channels}')
+        return loaded
+
+    def prepare(self, image: np.ndarray | str | PathLike | LoadedImage) -> dict:
         """Run the test pipeline on one image; return the input of :meth:`predict`.
 
         Args:
-            image: BGR (H, W, 3), uint8, or an array that :func:`as_bgr` converts to this form. RGB arrays cannot be
-                detected: the caller converts them.
+            image: a file; or what :meth:`read` returned; or an array. If the loader of the config reads 8 bits (the
+                default), an array is BGR (H, W, 3), uint8, or one that :func:`as_bgr` converts to this form. For other
+                loaders (``color_type='unchanged'``, own ones) the array is taken as it is, in place of what the loader
+                returns, unless the model takes 8-bit colours. RGB arrays cannot be detected: the caller converts them.
 
         Raises:
+            OSError: the file cannot be read.
             ValueError: no such image, or too narrow for the pipeline.
         """
-        if self._takes_colour:
-            image = as_bgr(image)
-        try:
-            return pseudo_collate([self.pipeline(dict(img=image))])
-        except cv2.error as error:
-            height, width = image.shape[:2]
-            raise ValueError(
-                f'the test pipeline cannot resize {width} x {height} pixels (a side may shrink to nothing): {error.err}'
-            ) from error
+        if isinstance(image, (str, PathLike)):
+            image = self.read(image)
+        elif not isinstance(image, LoadedImage):
+            image = self.pipeline.from_array(image)
+        return self.pipeline.finish(image)
 
     @torch.no_grad()
     def predict(self, data: dict, progress: Callable[[int, int], None] | None = None) -> Prediction:
@@ -140,20 +168,3 @@ def _to_numpy(classes: torch.Tensor, count: int) -> np.ndarray:
     if classes.is_cuda and classes.dtype == torch.int64 and count <= 256:
         return classes.to(torch.uint8).cpu().numpy().astype(np.int64)
     return classes.cpu().numpy()
-
-
-def _for_arrays(pipeline: Sequence) -> list:
-    """Change a test pipeline, with its nested transforms, to take an array instead of a file, and no labels."""
-    out = []
-    for step in pipeline:
-        if not isinstance(step, dict):
-            nested = _for_arrays(step)
-            if nested:
-                out.append(nested)
-        elif step['type'] == 'LoadImageFromFile':
-            out.append(dict(type='LoadImageFromNDArray'))
-        elif step['type'] == 'TestTimeAug':
-            out.append(dict(step, transforms=_for_arrays(step['transforms'])))
-        elif step['type'] not in ('LoadAnnotations', 'LoadCheckedAnnotations'):
-            out.append(dict(step))
-    return out

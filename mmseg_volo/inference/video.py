@@ -125,16 +125,19 @@ def predict_video(
     writer = _Writer(target, reader, predictor, with_legend, opacity)
     bar = tqdm(total=reader.count, unit='frame', desc=source.name, file=sys.stderr)
 
+    def prepare(frame: _Frame) -> dict:
+        return predictor.prepare(predictor.read_frame(frame.image))
+
     def load() -> Iterator[tuple[_Frame, dict | None]]:
         for frame in reader.frames():
-            yield frame, predictor.prepare(frame.image) if frame.image.size <= 3 * PREPARED_AHEAD else None
+            yield frame, prepare(frame) if frame.image.size <= 3 * PREPARED_AHEAD else None
 
     try:
         with contextlib.closing(ahead(load())) as frames, ThreadPoolExecutor(1) as pool:
             writing = pool.submit(int)  # nothing to write yet
             for frame, data in frames:
                 stop.check()
-                found = predictor.predict(predictor.prepare(frame.image) if data is None else data, stop.check)
+                found = predictor.predict(prepare(frame) if data is None else data, stop.check)
                 writing.result()
                 writing = pool.submit(writer.add, frame, found.classes)
                 bar.update()

@@ -1,6 +1,5 @@
 """mmseg's segmentor and test-time augmentation with streaming prediction (:mod:`mmseg_volo.models.streaming`)."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.compatibility import check_weights
 from ..utils.devices import check_device
+from .inputs import check_images
 from .streaming import View, axis
 from .windows import WindowNetwork
 
@@ -91,12 +91,10 @@ class StreamingEncoderDecoder(EncoderDecoder):
             ValueError: an image has a wrong number of channels, or values outside the 8-bit range.
         """
         if isinstance(data, dict):
-            _check_images(self.data_preprocessor, data.get('inputs', ()), data.get('data_samples'))
+            check_images(self, data.get('inputs', ()), data.get('data_samples'))
         return _by_size(super().test_step, data)
 
-    def val_step(self, data: dict | tuple | list) -> SampleList:
-        """Predict a batch from the data loader, as in mmengine."""
-        return _by_size(super().val_step, data)
+    val_step = test_step  # as in mmengine, with the same check
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, data_samples: SampleList | None = None) -> SampleList:
@@ -180,7 +178,7 @@ class StreamingTTAModel(SegTTAModel):
         """
         views: list[list[View]] = [[] for _ in data['inputs'][0]]
         for inputs, samples in zip(data['inputs'], data['data_samples'], strict=True):
-            _check_images(self.module.data_preprocessor, inputs, samples)
+            check_images(self.module, inputs, samples)
             for n, view in enumerate(self._views(inputs, samples)):
                 views[n].append(view)
         samples = data['data_samples'][0]
@@ -216,31 +214,6 @@ def _by_size(step: Callable, data: dict | tuple | list) -> SampleList:
         for i, result in zip(chosen, found, strict=True):
             results[i] = result
     return results
-
-
-def _check_images(pre: nn.Module, images: Sequence[Tensor], samples: SampleList | None) -> None:
-    """Reject images that are not (3 or 1, H, W) with 8-bit values, if the model's mean and std expect those."""
-    if not isinstance(pre, SegDataPreProcessor) or not pre._enable_normalize:
-        return
-    for image, sample in zip(images, samples or [None] * len(images), strict=False):
-        if image.dtype == torch.uint8 and image.dim() == 3 and len(image) in (1, 3):
-            continue
-        what = f'an image of shape {tuple(image.shape)}, {str(image.dtype).removeprefix("torch.")}'
-        if image.dim() != 3 or (pre.mean.numel() == 3 and len(image) not in (1, 3)):
-            raise ValueError(f'{what}: expected (3, H, W); mmseg takes arrays as (H, W, 3), BGR, uint8')
-        if pre.mean.max() <= 1:  # the model expects another range
-            continue
-        values = image.float()
-        low, high = values.min().item(), values.max().item()
-        if not math.isfinite(low + high):
-            raise ValueError(f'{what}: has values that are not finite')
-        # A resize may overshoot 255. A small range is an error only in an array; in a file the image may be dark.
-        given_as_array = sample is not None and sample.metainfo.get('img_path', '') is None
-        if high > 510 or (given_as_array and 0 < high <= (16 if low < 0 else 1)):
-            raise ValueError(
-                f'{what}: values from {low:.4g} to {high:.4g}, expected 0 to 255; mmseg_volo.inference.Predictor '
-                'converts images of 16 bits or of 0 to 1'
-            )
 
 
 def _view(

@@ -22,7 +22,7 @@ from small_runs import ROOT, write_config
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
 from mmseg_volo.inference import files as files_module
-from mmseg_volo.inference.files import OutputError, Recipe, find_images, find_sources, predict_files
+from mmseg_volo.inference.files import OutputError, Recipe, predict_files
 from mmseg_volo.inference.model import init_model
 from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.signals import Stopped
@@ -101,28 +101,6 @@ def test_images_and_videos_together(model, tmp_path, monkeypatch, capsys):
     assert len(frames_of(out / 'a_overlay.webm')[0]) == 4
 
 
-def test_files_folders_and_patterns_are_found(tmp_path, capsys):
-    for name in ('both/a.png', 'both/a.mp4', 'both/deep/b.MOV', 'films/a.mp4', 'films/a.mkv', 'films/deep/b.webm'):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b'')
-
-    def found(*sources: str, **more):
-        return [
-            {str(k.relative_to(tmp_path)): str(v) for k, v in kind.items()}
-            for kind in find_sources([f'{tmp_path}/{s}' for s in sources], **more)
-        ]
-
-    assert found('both') == [{'both/a.png': 'a'}, {}]
-    assert f'{tmp_path}/both: skipped 2 videos beside the images' in capsys.readouterr().err
-    assert found('films') == [{}, {'films/a.mp4': 'a.mp4', 'films/a.mkv': 'a.mkv', 'films/deep/b.webm': 'deep/b'}]
-    assert found('both/*') == [{'both/a.png': 'a'}, {'both/a.mp4': 'a'}]
-    assert found('both/deep/b.MOV') == [{}, {'both/deep/b.MOV': 'b'}]
-    assert found('both', out_dir=f'{tmp_path}/both/deep')[0] == {'both/a.png': 'a'}
-    assert capsys.readouterr().err.count('skipped') == 1  # results of an earlier run are not sources
-    with pytest.raises(FileNotFoundError, match='no image found, only videos'):
-        find_images([f'{tmp_path}/films'])
-
-
 def test_output_folders_that_cannot_be_written(recipe, tmp_path):
     images = draw(tmp_path / 'images', 1)
     (tmp_path / 'file').write_text('')
@@ -156,14 +134,14 @@ def predicted(monkeypatch) -> list[str]:
     """Collect the names of the images that are read; send SIGINT when STOP_AT is read."""
     names = []
 
-    def read(path):
+    def read(predictor, path):
         names.append(path.name)
         if path.name == os.environ.get('STOP_AT'):
             os.kill(os.getpid(), signal.SIGINT)
-        return read_image(path)
+        return original(predictor, path)
 
-    read_image = files_module.read_image
-    monkeypatch.setattr(files_module, 'read_image', read)
+    original = Predictor.read
+    monkeypatch.setattr(Predictor, 'read', read)
     return names
 
 

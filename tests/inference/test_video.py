@@ -232,7 +232,8 @@ def test_a_video_that_fails_midway_keeps_its_first_frames(predictor, tmp_path):
     source, calls = draw_video(tmp_path / 'a.mp4', 12), []
 
     class Failing:
-        classes, palette, prepare = predictor.classes, predictor.palette, predictor.prepare
+        classes, palette = predictor.classes, predictor.palette
+        prepare, read_frame = predictor.prepare, predictor.read_frame
 
         def predict(self, *given):
             calls.append(given)
@@ -250,14 +251,15 @@ def test_a_signal_ends_it_with_a_file_that_plays(number, predictor, tmp_path, ca
     source, before = draw_video(tmp_path / 'a.mp4', 30, sound='aac'), signal.getsignal(number)
 
     class Interrupted:
-        classes, palette, predict = predictor.classes, predictor.palette, predictor.predict
+        classes, palette = predictor.classes, predictor.palette
+        prepare, predict = predictor.prepare, predictor.predict
         seen = 0
 
-        def prepare(self, image):
+        def read_frame(self, image):
             self.seen += 1
             if self.seen == 10:
                 os.kill(os.getpid(), number)
-            return predictor.prepare(image)
+            return predictor.read_frame(image)
 
     with pytest.raises(Stopped) as stopped, StopSignals() as stop:
         predict_video(Interrupted(), source, tmp_path / 'b.mp4', stop=stop)

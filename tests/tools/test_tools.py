@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from commands import CONFIG, ROOT, iou_table, miou, run, tool
+from commands import CONG, ROOT, iou_table, miou, run, tool
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
@@ -20,7 +20,6 @@ from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.engine import optim as optim_module
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
-from mmseg_volo.inference.files import find_images
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +27,7 @@ def trained(tmp_path_factory):
     """Return (config, work dir, checkpoint, output) of one short training run."""
     work = tmp_path_factory.mktemp('tools')
     config = work / 'tiny.py'
-    config.write_text(CONFIG.replace('DATA', str(work / 'scenes')))
+    config.write_text(CONG.replace('DATA', str(work / 'scenes')))
     output = tool('train.py', config, '--work-dir', work / 'run')
     return config, work, work / 'run/iter_4.pth', output
 
@@ -294,16 +293,6 @@ def test_predict_names_what_is_missing(trained):
     for source in (work / 'empty', work / 'nothing*.png'):
         output = tool('predict.py', config, checkpoint, source, '--out', work / 'x', fails=True)
         assert f'error: {source}: no image found' in output and 'Traceback' not in output
-
-
-def test_find_images_keeps_names_apart(tmp_path):
-    for name in ('a.png', 'a.jpg', 'b.png', 'notes.txt', 'deep/a.png'):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b'')
-    found = {str(k.relative_to(tmp_path)): str(v) for k, v in find_images([str(tmp_path)]).items()}
-    assert found == {'a.png': 'a.png', 'a.jpg': 'a.jpg', 'b.png': 'b', 'deep/a.png': 'deep/a'}
-    with pytest.raises(FileExistsError, match='would have the same name in the output folder'):
-        find_images([str(tmp_path / 'a.png'), str(tmp_path / 'deep/a.png')])
 
 
 def test_mmsegs_inference_api(trained, tmp_path):
