@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import ModuleList
 
 from ..models.losses import BandedLoss
-from ..models.segmentors import SAMPLE_STEP
+from ..models.predictions import SAMPLE_STEP
 
 BINS = 20  # of confidence, of equal width
 # A CPU counts so many pixels at a time: they stay in its cache.
