@@ -61,6 +61,19 @@ class StreamingEncoderDecoder(EncoderDecoder):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.network = WindowNetwork(self, follows_training=True)
+        self._initialising = False
+
+    def init_weights(self) -> None:
+        """Initialise as in mmengine. Files in ``init_cfg`` load as far as they fit, but must fit a frozen segmentor.
+
+        Raises:
+            CheckpointError: a file is of another model, and no parameter requires a gradient.
+        """
+        self._initialising = any(parameter.requires_grad for parameter in self.parameters())
+        try:
+            super().init_weights()
+        finally:
+            self._initialising = False
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode, and release the memory of CUDA graphs."""
@@ -83,9 +96,11 @@ class StreamingEncoderDecoder(EncoderDecoder):
         return super().cuda(device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
-        # mmseg's own entry points do not check checkpoints; the runner and init_model do.
+        # The runner and init_model have checked the file. mmseg's own entry points have not, and do not state the mode;
+        # weights are initialised for training only.
         if not prefix:
-            check_weights(self, state_dict, 'infer')
+            training = self._initialising or (self.is_init and self.training)
+            check_weights(self, state_dict, 'train' if training else 'infer')
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @same_result
