@@ -16,7 +16,7 @@ from torch.nn import ModuleList
 
 from ..errors import DataError
 from ..models.losses import BandedLoss
-from ..models.segmentors import SAMPLE_STEP
+from ..models.predictions import SAMPLE_STEP
 from ..utils.files import atomic_write
 
 BINS = 20  # of confidence, of equal width

@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from torch import nn
 
-from ..models.segmentors import SAMPLE_STEP
+from ..models.predictions import SAMPLE_STEP
 from ..models.windows import WindowNetwork, has_plain_head
 from .metric import ConfusionIoUMetric, has_sampled_loss, sum_of
 from .record import FOLDER, calibration_of, write_record

@@ -245,7 +245,7 @@ class VOLO(BaseModule):
         # Compiled :func:`call_block` and :func:`call_stem`, by module type; empty: modules are called directly.
         self.calls: dict[type, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {}
         self._grids: dict[tuple[int, int], torch.Tensor] = {}
-        self._grids_source: tuple = (None, None)
+        self._resized_from: torch.Tensor | None = None  # the values of `pos_embed` that `_grids` were resized from
         self._freeze()
 
     def _norm_name(self, index: int) -> str:
@@ -308,17 +308,19 @@ class VOLO(BaseModule):
         return call(part, x) if call else part(x)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """``pos_embed`` resized to a token grid; cached in eval mode without gradients."""
+        """``pos_embed`` resized to a token grid; on a CPU in eval mode without gradients the last sizes are cached."""
         pos_embed = self.pos_embed
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # On a GPU resizing takes microseconds, and comparing the values would wait for the device.
+        uncached = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not pos_embed.is_cpu
+        if uncached or tuple(pos_embed.shape[1:3]) == grid:
             return resize_pos_embed(pos_embed, grid)
-        # Detect changed weights: an in-place update changes the version, a move changes the address. The reference to
-        # the parameter prevents the reuse of its address.
-        source = (pos_embed.data_ptr(), 0 if pos_embed.is_inference() else pos_embed._version)
-        cached, cached_source = self._grids_source
-        if cached is not pos_embed or cached_source != source or len(self._grids) >= _CACHED_GRIDS:
-            self._grids, self._grids_source = {}, (pos_embed, source)
+        # Compare the values: writing to `pos_embed.data`, as mmengine's EMAHook does, leaves no other trace.
+        known = self._resized_from
+        if known is None or known.dtype != pos_embed.dtype or not torch.equal(known, pos_embed):
+            self._grids, self._resized_from = {}, pos_embed.detach().clone()
         if grid not in self._grids:
+            if len(self._grids) >= _CACHED_GRIDS:
+                self._grids.clear()
             self._grids[grid] = resize_pos_embed(pos_embed, grid)
         return self._grids[grid]
 

@@ -16,7 +16,7 @@ from small_runs import differences, small_config
 from mmseg_volo.engine.runner import VOLORunner, build_runner
 from mmseg_volo.evaluation import EvaluationRecordHook, iou_of
 from mmseg_volo.evaluation.metric import confusion_of
-from mmseg_volo.models.segmentors import SAMPLE_STEP
+from mmseg_volo.models.predictions import SAMPLE_STEP
 from mmseg_volo.report import write_report
 
 PICTURES = 6

@@ -224,6 +224,24 @@ def test_a_frozen_segmentor_is_checked_too(tmp_path):
         load_checkpoint(frozen, path)
 
 
+def test_fine_tuning_by_mmengine_alone(tmp_path):
+    """A runner without this package's hooks, and weights of other classes in ``init_cfg`` or ``load_from``."""
+    path = saved(tmp_path / 'camvid.pth', classes=11)
+    cfg = train_config(tmp_path, experiment_name='load_from', load_from=path, runner_type='Runner', custom_hooks=[])
+    runner = build_runner(cfg)
+    runner._hooks = [hook for hook in runner._hooks if 'Checkpoint' not in type(hook).__name__]
+    runner.train()
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    model = MODELS.build(config(init_cfg=init_cfg).model)
+    model.init_weights()
+    assert torch.equal(model.backbone.pos_embed, load_from_local(path)['state_dict']['backbone.pos_embed'])
+    frozen = MODELS.build(config(init_cfg=init_cfg).model).requires_grad_(False)
+    with pytest.raises(CheckpointError, match=r'camvid\.pth: not the weights'):
+        frozen.init_weights()
+    with pytest.raises(CheckpointError, match=r'camvid\.pth: not the weights'):
+        load_checkpoint(model.eval(), path)
+
+
 def test_each_model_that_takes_a_state_dict_checks_it(tmp_path):
     state = load_from_local(saved(tmp_path / 'x.pth'))['state_dict']
     load_state_dict(MODELS.build(config().model), state)
