@@ -11,6 +11,8 @@ _TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')  # the last two: BigTIFF
 _ORIENTATION = 0x0112
 _JPEG_SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers
 _JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
+_MOST_PARTS = 10_000  # chunks or segments besides the pixels; more of them only keep a decoder busy
+_TOO_MANY = f'it has more than {_MOST_PARTS} parts besides the pixels'
 _CUT_OFF = 'it is cut off'
 
 
@@ -23,6 +25,7 @@ class Header(NamedTuple):
         orientation: EXIF orientation, 1 if there is none; not read from TIFF.
         bits: bits of one value; not read from other formats.
         bands: number of bands; read from TIFF only.
+        scans: number of scans of a JPEG, 1 for other formats. A decoder goes through the whole image in each.
     """
 
     format: str
@@ -30,6 +33,7 @@ class Header(NamedTuple):
     orientation: int = 1
     bits: int = 8
     bands: int | None = None
+    scans: int = 1
 
 
 def read_header(data: bytes) -> Header:
@@ -53,11 +57,14 @@ def read_header(data: bytes) -> Header:
 
 
 def _png(data: bytes) -> Header:
-    view, at, shape, orientation, bits = memoryview(data), len(_PNG), None, 1, 8
+    view, at, shape, orientation, bits, parts = memoryview(data), len(_PNG), None, 1, 8, 0
     while at + 12 <= len(data):
         kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], 'big')
         if end > len(data):
             break
+        parts += kind != b'IDAT'
+        if parts > _MOST_PARTS:
+            raise ValueError(_TOO_MANY)
         # A lower-case first letter marks an optional chunk, whose checksum decoders ignore.
         if not kind[0] & 0x20 and zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], 'big'):
             raise ValueError('it is damaged (a checksum in it differs)')
@@ -73,7 +80,7 @@ def _png(data: bytes) -> Header:
 
 
 def _jpeg(data: bytes) -> Header:
-    at, shape, orientation = len(_JPEG), None, 1
+    at, shape, orientation, parts = len(_JPEG), None, 1, 0
     while True:
         at = data.find(b'\xff', at)
         if at < 0 or at + 4 > len(data):
@@ -88,6 +95,9 @@ def _jpeg(data: bytes) -> Header:
         else:
             end = at + 2 + int.from_bytes(data[at + 2 : at + 4], 'big')
             segment = data[at + 4 : end]
+            parts += 1
+            if parts > _MOST_PARTS:
+                raise ValueError(_TOO_MANY)
             if marker in _JPEG_SIZES:
                 shape = int.from_bytes(segment[1:3], 'big'), int.from_bytes(segment[3:5], 'big')
             elif marker == 0xE1 and segment.startswith(b'Exif\0\0'):
@@ -98,9 +108,10 @@ def _jpeg(data: bytes) -> Header:
     if shape is None or 0 in shape:
         raise ValueError('it is damaged (its header gives no size)')
     # In scan data, 0xFF is always followed by 0 or a restart marker, so only the end marker matches.
-    if data.find(b'\xff\xd9', at) < 0:
+    end = data.find(b'\xff\xd9', at)
+    if end < 0:
         raise ValueError(_CUT_OFF)
-    return Header('jpeg', shape, orientation)
+    return Header('jpeg', shape, orientation, scans=data.count(b'\xff\xda', at, end))
 
 
 def _tiff(data: bytes) -> Header:

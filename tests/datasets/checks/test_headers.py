@@ -19,7 +19,12 @@ def test_headers():
     assert read_header(cv2.imencode('.png', image.astype(np.uint16))[1].tobytes()).bits == 16
     assert read_header(cv2.imencode('.bmp', image)[1].tobytes()) == Header('other')
     progressive = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
-    assert read_header(progressive).shape == image.shape[:2]
+    assert read_header(progressive).shape == image.shape[:2] and 5 < read_header(progressive).scans < 20
+    png = cv2.imencode('.png', image)[1].tobytes()
+    text, segment = b'\0\0\0\0tEXt\0\0\0\0', b'\xff\xe5\0\2'
+    for data in (png[:33] + text * 10_001 + png[33:], content[:2] + segment * 10_001 + content[2:]):
+        with pytest.raises(ValueError, match='more than 10000 parts'):
+            read_header(data)
     for end in range(2, len(content)):
         with pytest.raises(ValueError, match='it is cut off'):
             read_header(content[:end])
