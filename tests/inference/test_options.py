@@ -69,6 +69,8 @@ def test_all_entries_prepare_images_alike(config, tmp_path):
         figures = measured(one), measured(one, True)
         assert figures[0] == figures[1]
         predictors = [Predictor(one, one.load_from, 'cpu', aug_test) for aug_test in (False, True)]
+        one.tta_model = dict(type='SegTTAModel')
+        assert (predictors[0](image) == Predictor(one, one.load_from, 'cpu', True)(image)).all()
         found += [figures[0], *(predictor(image).tolist() for predictor in predictors)]
         runner = build_runner(one)
         assert runner.model.data_preprocessor.mean.flatten().tolist() == OWN['mean']
