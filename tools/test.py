@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file, or an ONNX file of tools/export.py')
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
-    parser.add_argument('--out', metavar='DIR', help='save predictions as PNG files of class ids')
+    parser.add_argument('--out', metavar='DIR', help='save predictions as PNG files of class ids (8 or 16 bits)')
     parser.add_argument('--show-dir', metavar='DIR', help='save overlays: ground truth left, prediction right')
     add_inference_arguments(parser)
     add_common_arguments(parser)

@@ -3,10 +3,10 @@
 import copy
 import os
 import shutil
-import warnings
 
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
+from mmseg.models import SegTTAModel
 from mmseg.registry import MODELS
 
 from ..errors import ConfigError
@@ -75,18 +75,21 @@ def set_inference_options(
 
 def _is_a(config: dict | None, wanted: type) -> bool:
     """Whether a model's config builds a ``wanted`` or a subclass of it."""
-    kind = (config or {}).get('type')
-    kind = MODELS.get(kind) if isinstance(kind, str) else kind
+    kind = _class_of(config)
     return isinstance(kind, type) and issubclass(kind, wanted)
+
+
+def _class_of(config: dict | None) -> type | None:
+    kind = (config or {}).get('type')
+    return MODELS.get(kind) if isinstance(kind, str) else kind
 
 
 def check_tta(config: Config) -> None:
     """Check that a config has test-time augmentation, and that the model's own data preprocessor prepares the views.
 
-    Warns where ``SegTTAModel`` would predict every pixel as foreground.
-
     Raises:
-        ConfigError: ``tta_pipeline`` or ``tta_model`` is missing, or ``tta_model`` has another data preprocessor.
+        ConfigError: ``tta_pipeline`` or ``tta_model`` is missing; ``tta_model`` has another data preprocessor; or it is
+            mmseg's SegTTAModel, and the model has one output channel, of which every pixel would be foreground.
     """
     if not config.get('tta_pipeline') or not config.get('tta_model'):
         raise ConfigError('--aug-test needs tta_pipeline and tta_model in the config; see configs/_base_')
@@ -98,11 +101,14 @@ def check_tta(config: Config) -> None:
         )
     head = config.model.get('decode_head') or {}
     head = head[-1] if isinstance(head, (list, tuple)) else head
-    if head.get('out_channels') == 1 and not _is_a(config.tta_model, StreamingTTAModel):
-        warnings.warn(
-            f'{config.tta_model.get("type")} applies the sigmoid twice, if it is like SegTTAModel of mmseg: no value '
-            "is below 0.5 then; tta_model=dict(type='StreamingTTAModel') averages the probabilities",
-            stacklevel=2,
+    threshold = 0.3 if head.get('threshold') is None else head.threshold  # the default is mmseg's
+    merges = getattr(_class_of(config.tta_model), 'merge_preds', None)
+    streams = _is_a(config.tta_model, StreamingTTAModel)
+    if head.get('out_channels') == 1 and threshold <= 0.5 and merges is SegTTAModel.merge_preds and not streams:
+        raise ConfigError(
+            f'{config.tta_model.type} applies the sigmoid twice to a single output channel: no value is below 0.5, and '
+            f'every pixel is over the threshold {threshold}; set tta_model.type to StreamingTTAModel, which averages '
+            'the probabilities'
         )
 
 

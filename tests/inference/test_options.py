@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmseg.registry import DATASETS
+from mmseg.models import SegTTAModel
+from mmseg.registry import DATASETS, MODELS
 from small_evaluation import OWN, drawn_dataset, evaluation_config, measured
-from small_models import segmentor_config
+from small_models import batch, picture, segmentor_config, views
 
 from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.errors import ConfigError
@@ -69,6 +70,8 @@ def test_all_entries_prepare_images_alike(config, tmp_path):
         figures = measured(one), measured(one, True)
         assert figures[0] == figures[1]
         predictors = [Predictor(one, one.load_from, 'cpu', aug_test) for aug_test in (False, True)]
+        one.tta_model = dict(type='SegTTAModel')
+        assert (predictors[0](image) == Predictor(one, one.load_from, 'cpu', True)(image)).all()
         found += [figures[0], *(predictor(image).tolist() for predictor in predictors)]
         runner = build_runner(one)
         assert runner.model.data_preprocessor.mean.flatten().tolist() == OWN['mean']
@@ -84,10 +87,36 @@ def test_views_with_another_preprocessor_are_refused(config):
         use_tta(other)
 
 
-def test_a_sigmoid_under_mmsegs_tta_is_named(config):
-    one = config(tta_model=dict(type='SegTTAModel'))
+@MODELS.register_module()
+class Merging(SegTTAModel):
+    def merge_preds(self, data_samples_list):
+        return [samples[0] for samples in data_samples_list]
+
+
+@pytest.mark.parametrize(
+    ('tta_model', 'threshold', 'refused'),
+    [
+        ('SegTTAModel', None, True),
+        ('mmseg.SegTTAModel', 0.5, True),
+        (SegTTAModel, 0.4, True),
+        ('SegTTAModel', 0.62, False),
+        ('Merging', None, False),
+        ('StreamingTTAModel', None, False),
+    ],
+)
+def test_mmsegs_tta_of_one_channel_is_refused(config, tta_model, threshold, refused):
+    one = config(tta_model=dict(type=tta_model))
     one.model = segmentor_config(classes=2, out_channels=1)
-    with pytest.warns(UserWarning, match=r'SegTTAModel applies the sigmoid twice.*no value is below 0\.5'):
+    one.model.decode_head.threshold = threshold
+    if not refused:
+        use_tta(one)
+        return
+    # mmseg's own class, with random weights: every pixel is foreground.
+    module = MODELS.build(dict(one.model, test_cfg=dict(mode='whole', return_logits=True))).eval()
+    with torch.no_grad():
+        found = SegTTAModel(module=module).test_step(views(batch(picture(64, 64))))[0].pred_sem_seg.data
+    assert (found == 1).all()
+    with pytest.raises(ConfigError, match=r'applies the sigmoid twice .* set tta_model\.type to StreamingTTAModel'):
         use_tta(one)
 
 
