@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from commands import ROOT
@@ -15,11 +16,13 @@ TOOLS = sorted(path.name for path in (ROOT / 'tools').glob('*.py'))
 assert TOOLS
 
 
-@pytest.mark.parametrize('name', TOOLS)
+@pytest.mark.parametrize('name', [*TOOLS, 'dist_train.sh'])
 def test_during_the_imports(name):
-    # With -X importtime, Python tells each module that it has imported.
-    command = [sys.executable, '-X', 'importtime', ROOT / 'tools' / name, '--help']
-    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    program = sys.executable if name.endswith('.py') else 'bash'
+    command = [program, ROOT / 'tools' / name, *(['--help'] if name.endswith('.py') else ['config.py', '2'])]
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+    # Python then tells each module that it has imported.
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, 'PYTHONPROFILEIMPORTTIME': '1'}
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True) as tool:
         for line in tool.stderr:
             if '| ' in line and line.rpartition('|')[2].strip().split('.')[0] in ('numpy', 'torch', 'mmengine'):
