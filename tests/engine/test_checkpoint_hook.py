@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from small_runs import checkpoint
 from toy_runs import EPOCHS, Cut, CutHook, Points, toy_run
 
@@ -202,3 +203,24 @@ def test_a_validation_alone_saves_nothing_and_needs_no_training_data(tmp_path):
     runner = toy_run(tmp_path, train_dataloader=missing, **options)
     runner.test()
     assert names(tmp_path) == []
+
+
+def test_resuming_a_schedule_that_has_a_function(tmp_path):
+    """The state of OneCycleLR has one; in the file, it would be code."""
+    schedule = [dict(type='OneCycleLR', by_epoch=False, eta_max=0.2, total_steps=20)]
+    toy_run(tmp_path / 'whole', param_scheduler=schedule).train()
+    with pytest.raises(Cut):
+        toy_run(tmp_path / 'cut', [CutHook('after_train_iter', 5)], param_scheduler=schedule).train()
+    toy_run(tmp_path / 'cut', param_scheduler=schedule, resume=True).train()
+    one, two = (load_from_local(str(tmp_path / name / 'iter_8.pth'))['state_dict'] for name in ('whole', 'cut'))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_warning_if_a_checkpoint_cannot_be_read_back(tmp_path):
+    class Odd(Hook):
+        def before_save_checkpoint(self, runner, checkpoint):
+            checkpoint['odd'] = LOGGER
+
+    toy_run(tmp_path, [Odd()], dict(interval=8, save_best=None)).train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert re.search(r'WARNING - .*iter_8\.pth: refused.*So no run can resume from it', log)
