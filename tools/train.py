@@ -21,7 +21,8 @@ def main() -> None:
         nargs='?',
         const=True,
         metavar='CHECKPOINT',
-        help='continue a run from this file; default: from the newest complete checkpoint in the work dir',
+        help='continue a run from this file, or from the newest complete checkpoint of this work dir; default: '
+        'of --work-dir',
     )
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU without bfloat16'
