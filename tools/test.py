@@ -1,6 +1,11 @@
 """Test a checkpoint: tools/test.py configs/volo_d1_cityscapes.py CHECKPOINT [--aug-test] [--show-dir DIR]."""
 
 import argparse
+import os
+import signal
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmengine.device import get_device
 

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from .loop import SeededDataset
 
 # Entries of a schedule's state that change while it runs; the config sets the others.
-_PROGRESS = {'last_step', 'base_values', '_global_step', '_last_value', 'best', 'num_bad_values', 'cooldown_counter'}
+_PROGRESS = {'last_step', 'base_values', '_global_step', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter'}
 
 
 def note_of(runner: Runner) -> dict:

@@ -3,6 +3,8 @@
 from mmengine.hooks import EarlyStoppingHook
 from mmengine.runner import Runner
 
+from ..errors import CheckpointError
+
 
 def early_stopping_of(runner: Runner) -> dict[str, tuple[float, int]]:
     """Best score and count of validations without progress, by the metric that a hook monitors."""
@@ -11,11 +13,21 @@ def early_stopping_of(runner: Runner) -> dict[str, tuple[float, int]]:
 
 
 def restore_early_stopping(runner: Runner) -> None:
-    """Restore what :func:`early_stopping_of` noted; end training where the saved run had ended."""
-    states = runner.message_hub.runtime_info.get('early_stopping') or {}
+    """Restore what :func:`early_stopping_of` noted; end training where the saved run had ended.
+
+    Raises:
+        CheckpointError: the state is something else.
+    """
+    states = runner.message_hub.runtime_info.get('early_stopping')
     for hook in runner.hooks:
-        if isinstance(hook, EarlyStoppingHook) and hook.monitor in states:
-            hook.best_score, hook.wait_count = states[hook.monitor]
+        if isinstance(hook, EarlyStoppingHook) and isinstance(states, dict) and hook.monitor in states:
+            try:
+                best_score, wait_count = states[hook.monitor]
+                hook.best_score, hook.wait_count = float(best_score), int(wait_count)
+            except (TypeError, ValueError):
+                raise CheckpointError(
+                    f'the checkpoint holds no state of early stopping by {hook.monitor}, but {states[hook.monitor]!r}'
+                ) from None
             goal = hook.stopping_threshold
             reached = goal is not None and hook.rule_map[hook.rule](hook.best_score, goal)
             if reached or hook.wait_count >= hook.patience:

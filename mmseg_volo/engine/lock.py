@@ -1,6 +1,7 @@
 """Keep two training runs out of one folder."""
 
 import errno
+import logging
 import os
 import socket
 import time
@@ -11,7 +12,15 @@ from mmengine.logging import print_log
 
 from ..errors import ConfigError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 NAME = '.training.lock'
+_BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)  # the error depends on the system
+_LOCKED_BYTE = 2**30  # Windows lets nobody read a locked byte, so this one is beyond the text
 _OWN: dict[Path, str] = {}  # lock files that this process holds, and their text: its own locks never conflict
 
 
@@ -24,28 +33,32 @@ class FolderLock:
 
     Args:
         folder: created where it is missing.
+        patience: seconds to wait for another process; one that is being killed holds its lock a moment longer.
 
     Raises:
         ConfigError: another run has locked the folder; the message names its process, host and start.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path, patience: float = 0.0):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = folder.resolve() / NAME
         if self._file in _OWN:
             raise _in_use(folder, _OWN[self._file])
         self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o666)
-        try:
-            _lock(self._handle)
-        except OSError as error:
+        error, deadline = _lock(self._handle), time.monotonic() + patience
+        while error in _BUSY and time.monotonic() < deadline:
+            time.sleep(0.1)
+            error = _lock(self._handle)
+        if error:
             text = os.read(self._handle, 300).decode(errors='replace')
             os.close(self._handle)
             self._handle = None
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise _in_use(folder, text) from None
-            print_log(f'{folder} cannot be locked ({error.strerror}): start no second run there', 'current', 30)
+            if error in _BUSY:
+                raise _in_use(folder, text)
+            message = f'{folder} cannot be locked ({os.strerror(error)}): start no second run there'
+            print_log(message, 'current', logging.WARNING)
             return
         with suppress(OSError):  # whoever may write into the folder may lock it later
             os.chmod(self._file, folder.stat().st_mode & 0o666)
@@ -75,21 +88,19 @@ def is_locked(folder: str | Path) -> bool:
     return False
 
 
-def _lock(handle: int) -> None:
-    """Lock an open file without waiting; raise OSError if another process has locked it, or if nothing can."""
+def _lock(handle: int) -> int:
+    """Try to lock an open file; return 0, or the number of the error."""
     try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        os.lseek(handle, 2**30, os.SEEK_SET)  # Windows lets nobody read locked bytes, so lock one beyond the text
-        try:
+        if fcntl is not None:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock's locks would live on in forked children
+        else:
+            os.lseek(handle, _LOCKED_BYTE, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        finally:
-            os.lseek(handle, 0, os.SEEK_SET)
-    else:
-        # Not flock: its locks live on in forked children.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno or errno.ENOLCK
+    finally:
+        os.lseek(handle, 0, os.SEEK_SET)
+    return 0
 
 
 def _in_use(folder: Path, holder: str) -> ConfigError:

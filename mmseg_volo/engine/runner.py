@@ -98,6 +98,16 @@ class VOLORunner(Runner):
                     hook.release()
             locks.close()
 
+    def val(self) -> dict:
+        """As in mmengine; the checkpoint's weights are enough, even if the config says ``resume``."""
+        self._resume = self._resume and self._load_from is None
+        return super().val()
+
+    def test(self) -> dict:
+        """As in mmengine; the checkpoint's weights are enough, even if the config says ``resume``."""
+        self._resume = self._resume and self._load_from is None
+        return super().test()
+
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """As in mmengine; a run by epochs gets DefaultSampler in place of a sampler that never ends.
 
@@ -253,7 +263,7 @@ class VOLORunner(Runner):
 
     def _lock_folders(self, locks: ExitStack) -> None:
         for folder in dict.fromkeys(folder.resolve() for folder in self._checkpoint_folders()):
-            locks.callback(FolderLock(folder).release)
+            locks.callback(FolderLock(folder, patience=1.0).release)
 
     @staticmethod
     def _on_rank_0(work: Callable[[], Any]) -> Any:

@@ -1,5 +1,6 @@
 """Collect the content of a checkpoint, and write it in a thread."""
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,9 +9,13 @@ from weakref import WeakKeyDictionary
 
 import mmengine
 from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmengine.optim import _ParamScheduler
 from mmengine.runner import Runner
 
+from ..checkpoints.reading import read_meta
 from ..checkpoints.writing import finish, save_error, write
+from ..errors import CheckpointError
 from ..utils.unwrap import bare_model
 from ..version import __version__
 from .continuity import note_of
@@ -56,12 +61,17 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
     if save_param_scheduler and runner.param_schedulers is not None:
         schedulers = runner.param_schedulers
         if isinstance(schedulers, dict):
-            states = {name: [one.state_dict() for one in some] for name, some in schedulers.items()}
+            states = {name: [_state_of(one) for one in some] for name, some in schedulers.items()}
         else:
-            states = [one.state_dict() for one in schedulers]
+            states = [_state_of(one) for one in schedulers]
         checkpoint['param_schedulers'] = states
     runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
     return checkpoint
+
+
+def _state_of(schedule: _ParamScheduler) -> dict:
+    """State of a schedule without functions, as OneCycleLR has: readers refuse them, and a new schedule has its own."""
+    return {key: value for key, value in schedule.state_dict().items() if not callable(value)}
 
 
 def _config_text(runner: Runner) -> str:
@@ -89,6 +99,10 @@ class Writer:
 
         def rest():
             finish(part, path)
+            try:
+                read_meta(Path(path))
+            except (CheckpointError, OSError) as error:  # such as an object that a hook added
+                print_log(f'{error}. So no run can resume from it', 'current', logging.WARNING)
             try:
                 then()
             except OSError as error:

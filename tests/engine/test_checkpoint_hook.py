@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.hooks import Hook
 from small_runs import checkpoint
-from toy_runs import EPOCHS, Cut, CutHook, Points, toy_run
+from toy_runs import EPOCHS, Cut, CutHook, Points, Toy, toy_run
 
 import mmseg_volo.engine.saving
 from mmseg_volo.checkpoints.reading import load_from_local
@@ -83,10 +84,22 @@ def test_same_files_and_content_as_mmengine(tmp_path):
         [
             dict(interval=3, max_keep_ckpts=1, save_best=None, save_last=False, filename_tmpl='step{}.pth'),
             dict(interval=2, save_begin=4, save_best=['score', 'other'], rule=['less', 'greater'], max_keep_ckpts=2),
-            dict(save_optimizer=False, save_param_scheduler=False, save_best='auto'),
-            dict(save_best='score', rule=None, greater_keys=['score'], out_dir=str(tmp_path / 'OUT')),
-            dict(save_best='score', rule=None, less_keys='score', published_keys=['state_dict', 'meta']),
-            dict(backend_args=dict(backend='local'), by_epoch=True, interval=1),
+            dict(
+                save_optimizer=False,
+                save_param_scheduler=False,
+                save_best='auto',
+                published_keys=['state_dict', 'meta'],
+                out_dir=str(tmp_path / 'OUT'),
+            ),
+            dict(
+                by_epoch=True,
+                interval=1,
+                save_best=['score', 'other'],
+                rule=None,
+                greater_keys=['other'],
+                less_keys='score',
+                backend_args=dict(backend='local'),
+            ),
         ]
     ):
         found = []
@@ -199,6 +212,31 @@ def test_a_validation_alone_saves_nothing_and_needs_no_training_data(tmp_path):
     toy_run(tmp_path, train_dataloader=None, train_cfg=None, optim_wrapper=None, param_scheduler=None).val()
     loader = dict(dataset=Points(), sampler=dict(type='DefaultSampler', shuffle=False), batch_size=2)
     options = dict(test_dataloader=loader, test_cfg=dict(), test_evaluator=[])
-    runner = toy_run(tmp_path, train_dataloader=missing, **options)
-    runner.test()
+    toy_run(tmp_path, train_dataloader=missing, **options).test()
     assert names(tmp_path) == []
+    # Not even if the config says resume.
+    torch.save(dict(state_dict=Toy().state_dict()), tmp_path / 'weights.pth')
+    options.update(resume=True, load_from=str(tmp_path / 'weights.pth'))
+    toy_run(tmp_path, train_dataloader=missing, **options).test()
+    toy_run(tmp_path, train_dataloader=missing, **options).val()
+
+
+def test_resuming_a_schedule_that_has_a_function(tmp_path):
+    """The state of OneCycleLR has one; in the file, it would be code."""
+    schedule = [dict(type='OneCycleLR', by_epoch=False, eta_max=0.2, total_steps=20)]
+    toy_run(tmp_path / 'whole', param_scheduler=schedule).train()
+    with pytest.raises(Cut):
+        toy_run(tmp_path / 'cut', [CutHook('after_train_iter', 5)], param_scheduler=schedule).train()
+    toy_run(tmp_path / 'cut', param_scheduler=schedule, resume=True).train()
+    one, two = (load_from_local(str(tmp_path / name / 'iter_8.pth'))['state_dict'] for name in ('whole', 'cut'))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_warning_if_a_checkpoint_cannot_be_read_back(tmp_path):
+    class Odd(Hook):
+        def before_save_checkpoint(self, runner, checkpoint):
+            checkpoint['odd'] = LOGGER
+
+    toy_run(tmp_path, [Odd()], dict(interval=8, save_best=None)).train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert re.search(r'WARNING - .*iter_8\.pth: refused.*So no run can resume from it', log)

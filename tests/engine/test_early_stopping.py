@@ -5,6 +5,7 @@ from mmengine.hooks import EarlyStoppingHook
 from toy_runs import EPOCHS, Cut, CutHook, toy_run
 
 from mmseg_volo.checkpoints.reading import load_from_local
+from mmseg_volo.errors import CheckpointError
 
 # Improves at 4 by enough, at 6 by too little (which is a new best checkpoint all the same), then no more.
 SCORES = {2: 0.5, 4: 0.7, 6: 0.71, 8: 0.6, 10: 0.65, 12: 0.9}
@@ -76,7 +77,7 @@ def test_epochs(tmp_path):
 
     whole = run(tmp_path / 'whole')
     assert whole == (3, 12, 0.5, 2)
-    for stage, at in (('after_train_epoch', 4), ('after_val_iter', 8), ('after_train_iter', 10)):
+    for stage, at in (('after_val_iter', 8), ('after_train_iter', 10)):
         folder = tmp_path / f'{stage}{at}'
         assert run(folder, CutHook(stage, at)) is None
         assert run(folder, resume=True) == whole, folder.name
@@ -86,3 +87,11 @@ def test_state_is_plain_data(tmp_path):
     run(tmp_path / 'run')
     info = load_from_local(str(tmp_path / 'run/iter_10.pth'))['message_hub']['runtime_info']
     assert info['early_stopping'] == {'score': (0.7, 2)}
+
+
+@pytest.mark.parametrize('state', [7, 'ab', (1.0,), (None, 2)])
+def test_a_damaged_state(tmp_path, state):
+    runner = toy_run(tmp_path, [stopping()])
+    runner.message_hub.update_info('early_stopping', dict(score=state))
+    with pytest.raises(CheckpointError, match='no state of early stopping by score'):
+        runner.train()

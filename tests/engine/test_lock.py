@@ -1,17 +1,20 @@
 """Two training runs never share a folder, and no lock outlives its process."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import signal
 import socket
-import sys
 import time
+from types import SimpleNamespace
 
 import pytest
-from mmengine.hooks import Hook
 from small_runs import small_config
+from toy_runs import CutHook, toy_run
 
 from mmseg_volo.cli import run_tool
+from mmseg_volo.engine import lock
 from mmseg_volo.engine.lock import NAME, FolderLock, is_locked
 from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.errors import ConfigError
@@ -72,7 +75,7 @@ def test_the_lock_ends_with_its_process_though_a_worker_lives_on(tmp_path, holde
 
 
 def test_within_one_process(tmp_path):
-    lock = FolderLock(tmp_path)
+    own = FolderLock(tmp_path)
     (tmp_path / 'link').symlink_to(tmp_path)
     for path in (tmp_path, tmp_path / 'link'):
         with pytest.raises(ConfigError, match=f'process {os.getpid()} on'):
@@ -80,7 +83,7 @@ def test_within_one_process(tmp_path):
     assert is_locked(tmp_path)
     # These attempts did not lose the lock.
     assert os.waitstatus_to_exitcode(os.waitpid(fork_and_try(tmp_path), 0)[1]) == 1
-    lock.release()
+    own.release()
     assert os.waitstatus_to_exitcode(os.waitpid(fork_and_try(tmp_path), 0)[1]) == 0
 
 
@@ -88,7 +91,7 @@ def fork_and_try(folder) -> int:
     """Try to lock the folder in another process, whose status is 1 if that is refused."""
     pid = os.fork()
     if pid == 0:
-        sys.modules['mmseg_volo.engine.lock']._OWN.clear()  # what a fresh process has
+        lock._OWN.clear()  # what a fresh process has
         try:
             FolderLock(folder)
         except ConfigError:
@@ -112,27 +115,40 @@ def test_a_link_in_place_of_the_lock_file_is_not_followed(tmp_path):
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    import fcntl
-
-    monkeypatch.setattr(fcntl, 'lockf', lambda *_: (_ for _ in ()).throw(OSError(37, 'No locks available')))
+    monkeypatch.setattr(fcntl, 'lockf', lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, 'no locks')))
     FolderLock(tmp_path).release()
     FolderLock(tmp_path).release()
     assert not is_locked(tmp_path)
 
 
 def test_training_releases_the_lock_and_also_locks_the_folder_of_the_checkpoints(tmp_path):
-    config = small_config(tmp_path, train_cfg__max_iters=1, default_hooks__checkpoint__out_dir=str(tmp_path / 'disk'))
-    lock = FolderLock(tmp_path / 'disk/run')
+    folders, seen = [tmp_path / 'run', tmp_path / 'disk/run'], []
+    look = CutHook('after_train_iter', 3, lambda runner: seen.extend(map(is_locked, folders)))
+    elsewhere = dict(out_dir=str(tmp_path / 'disk'))
+    other = FolderLock(folders[1])
     with pytest.raises(ConfigError, match='disk/run is in use'):
-        build_runner(config).train()
-    assert not is_locked(tmp_path / 'run')
-    lock.release()
-    runner = build_runner(config)
-    seen = []
-    folders = [tmp_path / 'run', tmp_path / 'disk/run']
-    hook = Hook()
-    hook.after_train_iter = lambda *_, **__: seen.extend(map(is_locked, folders))
-    runner.register_hook(hook)
-    runner.train()
+        toy_run(folders[0], [look], elsewhere).train()
+    assert not is_locked(folders[0])
+    other.release()
+    toy_run(folders[0], [look], elsewhere).train()
     assert seen == [True, True]
-    assert not is_locked(tmp_path / 'run') and not is_locked(tmp_path / 'disk/run')
+    assert not any(map(is_locked, folders))
+
+
+def test_on_windows(tmp_path, monkeypatch):
+    """There msvcrt locks one byte, and denies access to one that is locked."""
+    locked = []
+
+    def locking(handle, mode, size):
+        place = os.fstat(handle).st_ino, os.lseek(handle, 0, os.SEEK_CUR)
+        if place in locked:
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        locked.append(place)
+
+    monkeypatch.setattr(lock, 'fcntl', None)
+    monkeypatch.setattr(lock, 'msvcrt', SimpleNamespace(locking=locking, LK_NBLCK=2), raising=False)
+    FolderLock(tmp_path)  # never released, as if by another process
+    monkeypatch.setattr(lock, '_OWN', {})
+    with pytest.raises(ConfigError, match=f'process {os.getpid()} on'):
+        FolderLock(tmp_path)
+    assert [offset for _, offset in locked] == [2**30] and (tmp_path / NAME).stat().st_size < 300

@@ -1,6 +1,7 @@
 """Samplers and loops: what never ends is refused or replaced, and a place in the stream is a number from 0."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -61,7 +62,8 @@ def test_epochs_with_the_runner_of_mmengine(tmp_path):
         runner.train()
 
 
-def test_iterations_with_a_sampler_that_ends(tmp_path):
+def test_iterations_with_a_sampler_that_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # mmengine waits two seconds after the last batch
     sampler = dict(type='DefaultSampler', shuffle=True)
     loader = dict(batch_size=4, dataset=Points(), sampler=sampler)  # two batches
     runner = toy_run(tmp_path, train_dataloader=loader, train_cfg=dict(type='ResumableTrainLoop', max_iters=3))
