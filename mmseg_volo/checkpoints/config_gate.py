@@ -20,6 +20,7 @@ from functools import cache
 
 import mmengine.registry
 import mmseg.registry
+from mmengine.config.config import RESERVED_KEYS
 from mmengine.registry import Registry
 
 from ..errors import ConfigError
@@ -35,6 +36,7 @@ _NEEDED = {
     *('optim_wrapper', 'param_scheduler', 'default_hooks', 'custom_hooks', 'default_scope', 'custom_imports'),
     *('visualizer', 'runner_type', 'model_wrapper_cfg'),
 }
+_RESERVED = {*RESERVED_KEYS, 'dict'}  # a text that sets dict could not be read
 _SCOPES = 'mmseg', 'mmengine', 'mmcv'
 _TYPES = 'type', 'runner_type'
 # How the trainer's machine stores files; of no use elsewhere, and some storage clients import what these name.
@@ -45,7 +47,7 @@ _WEIGHTS = {'checkpoint', 'pretrained', 'load_from', 'resume_from'}
 _TEXTS = {
     *('data_root', 'ann_file', 'img_dir', 'ann_dir', 'split', 'classes', 'palette', 'CLASSES', 'PALETTE'),
     *('img_suffix', 'seg_map_suffix', 'depth_map_suffix', 'img_suffix2', 'work_dir', 'out_dir', 'save_dir'),
-    *('output_dir', 'show_dir', 'out_file', 'experiment_name', 'name'),
+    *('output_dir', 'show_dir', 'out_file', 'experiment_name', 'name', 'prefix'),
 }
 _TEXTS_BELOW = {'data_prefix', 'metainfo'}  # every string in these
 _UNPICKLED = {'pkl', 'pickle', 'yml', 'yaml'}  # mmengine.load runs code in files with these suffixes
@@ -60,8 +62,8 @@ def checked_config(text: object) -> dict:
         text: assignments of plain data, as mmengine dumps a config.
 
     Returns:
-        The config. Keys that only describe the trainer's storage are left out, only the local logger stays, and
-        variables of config files stay only if they are harmless.
+        The config. Keys that only describe the trainer's storage are left out, and so is an ``ann_file`` that mmengine
+        would unpickle. Of the loggers only the local one stays. Variables of config files stay if they are harmless.
 
     Raises:
         ConfigError: names the key and what is wrong with it.
@@ -78,10 +80,12 @@ def checked_config(text: object) -> dict:
         ) from error
     config = {}
     for key, value in given.items():
+        if key.startswith('_') or key in _RESERVED:
+            raise ConfigError(f'{key} would change how mmengine reads the config')
         try:
             config[key] = _imports(value) if key == 'custom_imports' else _checked(value, key, key)
         except ConfigError:
-            if key in _NEEDED or key.startswith('_'):
+            if key in _NEEDED:
                 raise
     return config
 
@@ -112,7 +116,7 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
                 raise ConfigError(f'{where} has the key {name!r:.100}')
             if isinstance(name, str) and name.startswith('_') and name != '_scope_':
                 raise ConfigError(f'{inside} would change how mmengine reads the config')
-            if name not in _LEFT_OUT:
+            if name not in _LEFT_OUT and not (name == 'ann_file' and _is_unpickled(inner)):
                 inner_key = 'type of albumentations' if albu and name == 'type' else name
                 inner_key = key if key in _TEXTS_BELOW else inner_key
                 out[name] = _checked(inner, inner_key, inside, depth + 1, inner_albu)
@@ -143,13 +147,16 @@ def _problem(value: str, key: object) -> str | None:
     if key in _WEIGHTS or key in _TEXTS or key in _TEXTS_BELOW:
         if len(value) > _LONGEST_TEXT:
             return f'has more than {_LONGEST_TEXT} characters'
-        unpickled = key not in _WEIGHTS and value.rpartition('.')[2].lower() in _UNPICKLED
-        return 'would be unpickled' if unpickled else None
+        return 'would be unpickled' if key not in _WEIGHTS and _is_unpickled(value) else None
     if len(value) > _LONGEST_WORD or value.startswith('/') or not _WORD.fullmatch(value):
         return 'is no plain word, but may name a file, an address or code'
     if value.lower() in _UNPICKLED:
         return 'would unpickle files'
     return 'would be imported as a module' if value.isidentifier() and _is_module(value) else None
+
+
+def _is_unpickled(value: object) -> bool:
+    return isinstance(value, str) and value.rpartition('.')[2].lower() in _UNPICKLED
 
 
 def _is_module(name: str) -> bool:
