@@ -39,14 +39,15 @@ _NEEDED = {
 _RESERVED = {*RESERVED_KEYS, 'dict'}  # a text that sets dict could not be read
 _SCOPES = 'mmseg', 'mmengine', 'mmcv'
 _TYPES = 'type', 'runner_type'
-# How the trainer's machine stores files; of no use elsewhere, and some storage clients import what these name.
-_LEFT_OUT = {'backend_args', 'file_client_args', 'filename_tmpl'}
+# Where and how the trainer's machine stores files. Some storage clients import what these name, and the visualizer of
+# mmseg's inferencer would write images into save_dir.
+_LEFT_OUT = {'backend_args', 'file_client_args', 'filename_tmpl', 'save_dir'}
 # Weights are read by mmseg_volo.checkpoints.reading, which runs no code.
 _WEIGHTS = {'checkpoint', 'pretrained', 'load_from', 'resume_from'}
 # Folders, lists of files and names. mmengine opens them as text, images or output.
 _TEXTS = {
     *('data_root', 'ann_file', 'img_dir', 'ann_dir', 'split', 'classes', 'palette', 'CLASSES', 'PALETTE'),
-    *('img_suffix', 'seg_map_suffix', 'depth_map_suffix', 'img_suffix2', 'work_dir', 'out_dir', 'save_dir'),
+    *('img_suffix', 'seg_map_suffix', 'depth_map_suffix', 'img_suffix2', 'work_dir', 'out_dir'),
     *('output_dir', 'show_dir', 'out_file', 'experiment_name', 'name', 'prefix'),
 }
 _TEXTS_BELOW = {'data_prefix', 'metainfo'}  # every string in these
@@ -74,7 +75,7 @@ def checked_config(text: object) -> dict:
         raise ConfigError(f'it has {len(text):,} characters, and at most {_LARGEST:,} are read')
     try:
         given = literals(text)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
             f'it is more than plain data ({str(error).splitlines()[0] if str(error) else error!r})'
         ) from error
@@ -131,6 +132,8 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
             raise ConfigError(f'{where}={value!r:.100} {problem}')
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f'{where} is not finite')
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigError(f'{where} is larger than any integer of 64 bits')
     return value
 
 

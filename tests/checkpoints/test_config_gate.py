@@ -33,7 +33,12 @@ def assert_passes(text: str) -> None:
 
     def kept(value):
         if isinstance(value, dict):
-            left_out = {'backend_args', 'file_client_args', *['ann_file'] * str(value.get('ann_file')).endswith('yaml')}
+            left_out = {
+                'backend_args',
+                'file_client_args',
+                'save_dir',
+                *['ann_file'] * str(value.get('ann_file')).endswith('yaml'),
+            }
             return {k: kept(v) for k, v in value.items() if k not in left_out}
         return type(value)(map(kept, value)) if isinstance(value, (list, tuple)) else value
 
@@ -147,6 +152,7 @@ def test_texts_that_run_code_are_refused(canary):
         ('_base_ = []', '_base_ would change how mmengine reads'),
         ("custom_imports = dict(imports=['json'])", r"custom_imports=\['json'\] imports code"),
         ('model = dict(a=1e999)', r'model\.a is not finite'),
+        ('model = dict(a=0x' + 'f' * 9000 + ')', r'model\.a is larger than any integer'),
         ('model = ' + '[' * 60 + ']' * 60, 'nested more than 40 levels'),
         ('model = ' + '[' * 5000 + ']' * 5000, 'more than plain data'),
         ('x = 1\n' * 100_000, 'has 600,000 characters'),
@@ -234,8 +240,8 @@ def base(tmp_path) -> dict:
 
 
 def test_planted_code_never_runs(canary, base):
-    found = fuzz(canary, 45, base)
-    assert found['refused'] > 20
+    found = fuzz(canary, 30, base)
+    assert found['refused'] > 12
 
 
 @pytest.mark.slow
