@@ -39,16 +39,19 @@ _NEEDED = {
 _RESERVED = {*RESERVED_KEYS, 'dict'}  # a text that sets dict could not be read
 _SCOPES = 'mmseg', 'mmengine', 'mmcv'
 _TYPES = 'type', 'runner_type'
-# Where and how the trainer's machine stores files. Some storage clients import what these name, and the visualizer of
-# mmseg's inferencer would write images into save_dir.
-_LEFT_OUT = {'backend_args', 'file_client_args', 'filename_tmpl', 'save_dir'}
+# Where and how the trainer's machine stores files. Some storage clients import what these name, mmseg's inferencer
+# would write images into save_dir, and CityscapesMetric deletes its output_dir.
+_LEFT_OUT = {
+    *('backend_args', 'file_client_args', 'filename_tmpl', 'save_dir', 'out_dir', 'output_dir', 'show_dir'),
+    *('out_file', 'output_file', 'outfile_prefix', 'out_file_path', 'json_trace_path', 'result_path'),
+}
 # Weights are read by mmseg_volo.checkpoints.reading, which runs no code.
 _WEIGHTS = {'checkpoint', 'pretrained', 'load_from', 'resume_from'}
 # Folders, lists of files and names. mmengine opens them as text, images or output.
 _TEXTS = {
     *('data_root', 'ann_file', 'img_dir', 'ann_dir', 'split', 'classes', 'palette', 'CLASSES', 'PALETTE'),
-    *('img_suffix', 'seg_map_suffix', 'depth_map_suffix', 'img_suffix2', 'work_dir', 'out_dir'),
-    *('output_dir', 'show_dir', 'out_file', 'experiment_name', 'name', 'prefix'),
+    *('img_suffix', 'img_suffix2', 'seg_map_suffix', 'depth_map_suffix', 'prefix', 'name', 'experiment_name'),
+    'work_dir',
 }
 _TEXTS_BELOW = {'data_prefix', 'metainfo'}  # every string in these
 _UNPICKLED = {'pkl', 'pickle', 'yml', 'yaml'}  # mmengine.load runs code in files with these suffixes
@@ -108,6 +111,8 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
     """Check one value; ``albu`` is true inside mmseg's Albu, which takes types of albumentations by name."""
     if depth > _DEEPEST:
         raise ConfigError(f'{where[:100]}... is nested more than {_DEEPEST} levels deep')
+    if key == 'vis_backends':
+        return [dict(type='LocalVisBackend')] if value else None
     if isinstance(value, dict):
         out = {}
         inner_albu = albu or value.get('type') == 'Albu'
@@ -119,11 +124,9 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
                 raise ConfigError(f'{inside} would change how mmengine reads the config')
             if name not in _LEFT_OUT and not (name == 'ann_file' and _is_unpickled(inner)):
                 inner_key = 'type of albumentations' if albu and name == 'type' else name
-                inner_key = key if key in _TEXTS_BELOW else inner_key
+                inner_key = key if key in _TEXTS_BELOW and name not in ('type', '_scope_') else inner_key
                 out[name] = _checked(inner, inner_key, inside, depth + 1, inner_albu)
         return out
-    if key == 'vis_backends' and isinstance(value, (list, tuple)):
-        return [dict(type='LocalVisBackend')] if value else []
     if isinstance(value, (list, tuple)):
         return type(value)(_checked(inner, key, f'{where}.{i}', depth + 1, albu) for i, inner in enumerate(value))
     if isinstance(value, str):

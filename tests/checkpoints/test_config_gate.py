@@ -33,12 +33,8 @@ def assert_passes(text: str) -> None:
 
     def kept(value):
         if isinstance(value, dict):
-            left_out = {
-                'backend_args',
-                'file_client_args',
-                'save_dir',
-                *['ann_file'] * str(value.get('ann_file')).endswith('yaml'),
-            }
+            left_out = {'backend_args', 'file_client_args', 'output_dir', 'out_file_path'}
+            left_out |= {key for key in ('ann_file',) if str(value.get(key)).endswith('yaml')}
             return {k: kept(v) for k, v in value.items() if k not in left_out}
         return type(value)(map(kept, value)) if isinstance(value, (list, tuple)) else value
 
@@ -151,6 +147,7 @@ def test_texts_that_run_code_are_refused(canary):
         ('model = dict(_delete_=True)', 'would change how mmengine reads'),
         ('_base_ = []', '_base_ would change how mmengine reads'),
         ("custom_imports = dict(imports=['json'])", r"custom_imports=\['json'\] imports code"),
+        ("test_dataloader = dict(dataset=dict(metainfo=dict(type='json')))", r"metainfo\.type='json' is no type"),
         ('model = dict(a=1e999)', r'model\.a is not finite'),
         ('model = dict(a=0x' + 'f' * 9000 + ')', r'model\.a is larger than any integer'),
         ('model = ' + '[' * 60 + ']' * 60, 'nested more than 40 levels'),
@@ -176,7 +173,8 @@ test_dataloader = dict(dataset=dict(type='CityscapesDataset', ann_file='a.pkl', 
     seg_map_suffix='.png',
     metainfo=dict(classes=('a.b/c: "d"', "it's"), palette=[[1, 2, 3]]), data_prefix=dict(img_path='../x'),
     pipeline=[dict(type='LoadImageFromFile', backend_args=dict(backend='petrel', path_mapping={'./data': 's3://x'}))]))
-visualizer = dict(type='SegLocalVisualizer', vis_backends=[dict(type='MLflowVisBackend', tracking_uri='http://x')])
+visualizer = dict(type='SegLocalVisualizer', vis_backends=dict(type='MLflowVisBackend', tracking_uri='http://x'))
+test_evaluator = [dict(type='CityscapesMetric', output_dir='/home/me')]  # which it deletes
 default_hooks = dict(checkpoint=dict(type='CheckpointHook', filename_tmpl='it_{}.pth', save_best='val/mIoU'))
 optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.norm': dict(decay_mult=0.0), 'a.b': 1}))
 server = 'https://a.variable/of.the?config'
@@ -191,7 +189,7 @@ work_dir = './work_dirs/x'
     assert passed['test_dataloader'] == given['test_dataloader']
     assert passed['visualizer']['vis_backends'] == [dict(type='LocalVisBackend')]
     assert passed['default_hooks']['checkpoint'] == dict(type='CheckpointHook', save_best='val/mIoU')
-    assert 'server' not in passed
+    assert 'server' not in passed and passed['test_evaluator'] == [dict(type='CityscapesMetric')]
 
 
 def build_all(text: str) -> None:
