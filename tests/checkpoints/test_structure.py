@@ -150,7 +150,7 @@ def with_value(content: dict, place: tuple | None, value: object) -> object:
     out = dict(content)
     inner = out
     for key in place[:-1]:
-        inner[key] = dict(inner.get(key) or {})
+        inner[key] = dict(inner[key]) if isinstance(inner.get(key), dict) else {}
         inner = inner[key]
     inner[place[-1]] = value
     return out
@@ -179,9 +179,13 @@ def try_entries(config: Config, path: Path) -> list[str]:
 
 def fuzz(segmentor: dict, folder: Path, count: int) -> int:
     draw, refused = random.Random(0), 0
-    cases = [(place, name) for place in PLACES for name in odd_values()]
-    for i, (place, name) in enumerate(draw.sample(cases, min(count, len(cases)))):
-        content = with_value(segmentor['content'], place, odd_values()[name])
+    cases = [[(place, name)] for place in PLACES for name in odd_values()]
+    draw.shuffle(cases)
+    cases += [[draw.choice(one) for one in draw.sample(cases, draw.randint(2, 4))] for _ in range(count)]
+    for i, odd in enumerate(cases[:count]):
+        content = segmentor['content']
+        for place, name in odd:
+            content = with_value(content, place, odd_values()[name]) if isinstance(content, dict) else content
         path = folder / f'odd{i}.pth'
         try:
             torch.save(content, path, _use_new_zipfile_serialization=i % 4 > 0)
@@ -198,8 +202,8 @@ def test_odd_values_at_odd_places(segmentor, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_odd_value_at_every_place(segmentor, tmp_path):
-    assert fuzz(segmentor, tmp_path, 10**4) > 200
+def test_every_odd_value_at_every_place_and_several_at_once(segmentor, tmp_path):
+    assert fuzz(segmentor, tmp_path, 2000) > 500
 
 
 @pytest.mark.parametrize(
