@@ -20,6 +20,7 @@ from functools import cache
 
 import mmengine.registry
 import mmseg.registry
+from mmengine.config.config import RESERVED_KEYS
 from mmengine.registry import Registry
 
 from ..errors import ConfigError
@@ -35,17 +36,22 @@ _NEEDED = {
     *('optim_wrapper', 'param_scheduler', 'default_hooks', 'custom_hooks', 'default_scope', 'custom_imports'),
     *('visualizer', 'runner_type', 'model_wrapper_cfg'),
 }
+_RESERVED = {*RESERVED_KEYS, 'dict'}  # a text that sets dict could not be read
 _SCOPES = 'mmseg', 'mmengine', 'mmcv'
 _TYPES = 'type', 'runner_type'
-# How the trainer's machine stores files; of no use elsewhere, and some storage clients import what these name.
-_LEFT_OUT = {'backend_args', 'file_client_args', 'filename_tmpl'}
+# Where and how the trainer's machine stores files. Some storage clients import what these name, mmseg's inferencer
+# would write images into save_dir, and CityscapesMetric deletes its output_dir.
+_LEFT_OUT = {
+    *('backend_args', 'file_client_args', 'filename_tmpl', 'save_dir', 'out_dir', 'output_dir', 'show_dir'),
+    *('out_file', 'output_file', 'outfile_prefix', 'out_file_path', 'json_trace_path', 'result_path'),
+}
 # Weights are read by mmseg_volo.checkpoints.reading, which runs no code.
 _WEIGHTS = {'checkpoint', 'pretrained', 'load_from', 'resume_from'}
 # Folders, lists of files and names. mmengine opens them as text, images or output.
 _TEXTS = {
     *('data_root', 'ann_file', 'img_dir', 'ann_dir', 'split', 'classes', 'palette', 'CLASSES', 'PALETTE'),
-    *('img_suffix', 'seg_map_suffix', 'depth_map_suffix', 'img_suffix2', 'work_dir', 'out_dir', 'save_dir'),
-    *('output_dir', 'show_dir', 'out_file', 'experiment_name', 'name'),
+    *('img_suffix', 'img_suffix2', 'seg_map_suffix', 'depth_map_suffix', 'prefix', 'name', 'experiment_name'),
+    'work_dir',
 }
 _TEXTS_BELOW = {'data_prefix', 'metainfo'}  # every string in these
 _UNPICKLED = {'pkl', 'pickle', 'yml', 'yaml'}  # mmengine.load runs code in files with these suffixes
@@ -60,8 +66,8 @@ def checked_config(text: object) -> dict:
         text: assignments of plain data, as mmengine dumps a config.
 
     Returns:
-        The config. Keys that only describe the trainer's storage are left out, only the local logger stays, and
-        variables of config files stay only if they are harmless.
+        The config. Keys that only describe the trainer's storage are left out, and so is an ``ann_file`` that mmengine
+        would unpickle. Of the loggers only the local one stays. Variables of config files stay if they are harmless.
 
     Raises:
         ConfigError: names the key and what is wrong with it.
@@ -72,16 +78,18 @@ def checked_config(text: object) -> dict:
         raise ConfigError(f'it has {len(text):,} characters, and at most {_LARGEST:,} are read')
     try:
         given = literals(text)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
             f'it is more than plain data ({str(error).splitlines()[0] if str(error) else error!r})'
         ) from error
     config = {}
     for key, value in given.items():
+        if key.startswith('_') or key in _RESERVED:
+            raise ConfigError(f'{key} would change how mmengine reads the config')
         try:
             config[key] = _imports(value) if key == 'custom_imports' else _checked(value, key, key)
         except ConfigError:
-            if key in _NEEDED or key.startswith('_'):
+            if key in _NEEDED:
                 raise
     return config
 
@@ -103,6 +111,8 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
     """Check one value; ``albu`` is true inside mmseg's Albu, which takes types of albumentations by name."""
     if depth > _DEEPEST:
         raise ConfigError(f'{where[:100]}... is nested more than {_DEEPEST} levels deep')
+    if key == 'vis_backends':
+        return [dict(type='LocalVisBackend')] if value else None
     if isinstance(value, dict):
         out = {}
         inner_albu = albu or value.get('type') == 'Albu'
@@ -112,13 +122,11 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
                 raise ConfigError(f'{where} has the key {name!r:.100}')
             if isinstance(name, str) and name.startswith('_') and name != '_scope_':
                 raise ConfigError(f'{inside} would change how mmengine reads the config')
-            if name not in _LEFT_OUT:
+            if name not in _LEFT_OUT and not (name == 'ann_file' and _is_unpickled(inner)):
                 inner_key = 'type of albumentations' if albu and name == 'type' else name
-                inner_key = key if key in _TEXTS_BELOW else inner_key
+                inner_key = key if key in _TEXTS_BELOW and name not in ('type', '_scope_') else inner_key
                 out[name] = _checked(inner, inner_key, inside, depth + 1, inner_albu)
         return out
-    if key == 'vis_backends' and isinstance(value, (list, tuple)):
-        return [dict(type='LocalVisBackend')] if value else []
     if isinstance(value, (list, tuple)):
         return type(value)(_checked(inner, key, f'{where}.{i}', depth + 1, albu) for i, inner in enumerate(value))
     if isinstance(value, str):
@@ -127,6 +135,8 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
             raise ConfigError(f'{where}={value!r:.100} {problem}')
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f'{where} is not finite')
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise ConfigError(f'{where} is larger than any integer of 64 bits')
     return value
 
 
@@ -143,13 +153,16 @@ def _problem(value: str, key: object) -> str | None:
     if key in _WEIGHTS or key in _TEXTS or key in _TEXTS_BELOW:
         if len(value) > _LONGEST_TEXT:
             return f'has more than {_LONGEST_TEXT} characters'
-        unpickled = key not in _WEIGHTS and value.rpartition('.')[2].lower() in _UNPICKLED
-        return 'would be unpickled' if unpickled else None
+        return 'would be unpickled' if key not in _WEIGHTS and _is_unpickled(value) else None
     if len(value) > _LONGEST_WORD or value.startswith('/') or not _WORD.fullmatch(value):
         return 'is no plain word, but may name a file, an address or code'
     if value.lower() in _UNPICKLED:
         return 'would unpickle files'
     return 'would be imported as a module' if value.isidentifier() and _is_module(value) else None
+
+
+def _is_unpickled(value: object) -> bool:
+    return isinstance(value, str) and value.rpartition('.')[2].lower() in _UNPICKLED
 
 
 def _is_module(name: str) -> bool:

@@ -45,6 +45,8 @@ def as_read(content: object, source: str) -> object:
     Raises:
         CheckpointError: the content has a form that makes mmengine fail.
     """
+    if content is None:  # mmengine would take it for no checkpoint, and keep random weights
+        raise CheckpointError(f'{source}: expected a dict of weights, found nothing')
     if not isinstance(content, dict):
         return content
     state = content.get('state_dict')

@@ -41,7 +41,8 @@ class MatchingCheckpointHook(Hook):
         Raises:
             CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`.
         """
-        checkpoint.update(as_checkpoint(checkpoint))
+        arranged = as_checkpoint(checkpoint)
+        checkpoint.update(arranged)
         if isinstance(runner._train_loop, BaseLoop):  # built in training; still a config in a test
             check_checkpoint(bare_model(runner.model), checkpoint, 'train')
         else:

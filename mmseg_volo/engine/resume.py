@@ -106,12 +106,19 @@ def _of_wrong_type(content: dict) -> str | None:
     def is_count(value: object) -> bool:
         return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0
 
+    def are_files(info: dict) -> bool:
+        best = [value for key, value in info.items() if key.startswith('best_ckpt')]
+        kept = info.get('keep_ckpt_ids', [])
+        return all(isinstance(path, (str, type(None))) for path in best) and (
+            isinstance(kept, (list, tuple)) and all(map(is_count, kept))
+        )
+
     meta, hub, steps = content['meta'], content['message_hub'], content.get('param_schedulers', [])
     parts = [hub.get(key) for key in ('log_scalars', 'runtime_info', 'resumed_keys')]
     right = {
         **{f'meta.{key}': is_count(meta.get(key)) for key in ('iter', 'epoch')},
         **{f'meta.{key}': meta.get(key) is None or is_count(meta[key]) for key in ('seed', 'world_size')},
-        'message_hub': all(isinstance(part, dict) for part in parts),
+        'message_hub': all(isinstance(part, dict) for part in parts) and are_files(parts[1]),
         'optimizer': is_optimizer(content['optimizer']),
         'param_schedulers': is_list_of_dicts(steps)
         or (isinstance(steps, dict) and all(map(is_list_of_dicts, steps.values()))),

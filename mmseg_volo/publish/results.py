@@ -101,6 +101,8 @@ def _reason_to_skip(record: dict, path: Path, checkpoint: Path, work_dir: Path, 
     if record['kind'] == 'val' and record['checkpoint'] is None:
         same_run = path.parents[1].name == run_of(meta)
         return None if same_run and record['iteration'] == meta.get('iter') is not None else ''
+    if record['checkpoint'] is None:  # a test of an exported file, or of random weights
+        return ''
     named = Path(record['checkpoint'])
     if named.name != checkpoint.name:
         return ''

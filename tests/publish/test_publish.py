@@ -303,6 +303,7 @@ def test_the_card_states_tests(copy):
     write_record(copy, '1', **test)
     write_record(copy, '2', **test, aug_test=True, environment=dict(device='NVIDIA H100'))
     part = write_record(copy, '3', **test, dataset=dict(pictures=1))
+    write_record(copy, '4', **dict(test, checkpoint=None))  # of an exported file
     used = Config.fromfile(next(copy.glob('2*/vis_data/config.py')))
     used.test_dataloader.dataset.update(indices=1, data_root='/another/place')
     used.model.test_cfg.precision = 'bf16'
