@@ -12,6 +12,7 @@ from mmseg_volo.cli import add_inference_arguments, run_tool
 from mmseg_volo.inference.files import Recipe, predict_files
 from mmseg_volo.inference.video import VIDEO_FORMATS, VIDEO_SUFFIXES
 from mmseg_volo.utils.config import load_config
+from mmseg_volo.utils.opencv import quieten_opencv
 from mmseg_volo.utils.signals import Stopped
 
 DESCRIPTION = """\
@@ -87,6 +88,7 @@ def main() -> int:
         allow_mismatch=args.allow_mismatch,
         cuda_graph=args.cuda_graph,
     )
+    quieten_opencv()
     recipe = Recipe(load_config(args.config), args.checkpoint, args.device, args.aug_test, options)
     try:
         failed = predict_files(

@@ -11,11 +11,13 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 
 import cv2
 import torch
 
+from ..utils.opencv import quieten_opencv
 from ..utils.signals import Stopped, StopSignals
 
 _QUEUE = 3  # tasks that a worker holds: it prepares one, works on one, and writes the results of one
@@ -50,6 +52,9 @@ def share_out(
     remaining = iter(tasks)
     exhausted = False
     why = ''
+    stop.check()
+    tracker = resource_tracker._resource_tracker
+    starts_tracker = hasattr(tracker, '_stop') and getattr(tracker, '_fd', 0) is None
     handler = signal.getsignal(signal.SIGINT)
     with contextlib.suppress(ValueError):  # not the main thread
         # Workers inherit this: a terminal sends Ctrl-C to all processes, but only the parent decides when they end.
@@ -105,6 +110,10 @@ def share_out(
             process.join(_PATIENCE)
             process.kill()
             process.join()
+        # multiprocessing has started a helper with the first worker. It would end after this process, and stay as a
+        # zombie where nothing reaps orphans, as in many containers. Another child would keep the helper alive.
+        if starts_tracker and not multiprocessing.active_children():
+            tracker._stop()
 
 
 def _send(connection: Connection, message) -> None:
@@ -123,6 +132,7 @@ def _serve(connection: Connection, start: Callable[[int], Work], rank: int, thre
     """Run a worker: start, then work until the task None arrives or the parent is gone."""
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
+    quieten_opencv()
     try:
         work = start(rank)
         connection.send(('ready', None))

@@ -336,11 +336,29 @@ def _view(
     flip = meta.get('flip_direction') if meta.get('flip') else None
     if flip not in (None, 'horizontal', 'vertical'):
         raise ValueError(f"flip_direction must be 'horizontal' or 'vertical', got {flip!r}")
+    shape, right, bottom, crop = _enlarged(segmentor, shape, right, bottom, crop)
     window, stride = _windows(segmentor, shape, mode)
     align = bool(segmentor.align_corners)
     rows = axis(shape[0], window[0], stride[0], out[0], top, bottom, flip == 'vertical', align)
     columns = axis(shape[1], window[1], stride[1], out[1], left, right, flip == 'horizontal', align)
     return View(crop, rows, columns)
+
+
+def _enlarged(
+    segmentor: EncoderDecoder, shape: tuple[int, int], right: int, bottom: int, crop: Callable
+) -> tuple[tuple[int, int], int, int, Callable]:
+    """Pad a view at the right and the bottom to the smallest input of the backbone, as the data preprocessor pads."""
+    smallest = getattr(segmentor.backbone, 'smallest', 1)
+    beside, below = max(smallest - shape[1], 0), max(smallest - shape[0], 0)
+    if not beside and not below:
+        return shape, right, bottom, crop
+
+    def enlarged(top: int, left: int, height: int, width: int) -> Tensor:
+        window = crop(top, left, min(height, shape[0] - top), min(width, shape[1] - left))
+        missing = 0, width - window.shape[2], 0, height - window.shape[1]
+        return F.pad(window, missing, value=getattr(segmentor.data_preprocessor, 'pad_val', 0))
+
+    return (shape[0] + below, shape[1] + beside), right + beside, bottom + below, enlarged
 
 
 def _windows(

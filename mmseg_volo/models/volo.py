@@ -192,10 +192,11 @@ class VOLO(BaseModule):
             :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
 
     Raises:
-        ValueError: unknown ``arch``, inconsistent numbers, or an input under 32 pixels.
+        ValueError: unknown ``arch``, or inconsistent numbers.
     """
 
     arch_settings = ARCHS
+    smallest = 2 * STRIDE  # side in pixels that smaller inputs are padded to
 
     def __init__(
         self,
@@ -277,11 +278,10 @@ class VOLO(BaseModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         H, W = x.shape[-2:]
-        if min(H, W) < 32:
-            raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
-        padded = H % STRIDE or W % STRIDE
+        bottom, right = (-side % STRIDE if side >= self.smallest else self.smallest - side for side in (H, W))
+        padded = bottom or right
         if padded:
-            x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
+            x = F.pad(x, (0, right, 0, bottom))
         x = self._run(self.patch_embed, x)
         outs = []
         for i in range(self.out_indices[-1] + 1):

@@ -240,7 +240,7 @@ def test_resume_refuses_results_of_another_model_or_options(recipe, model, tmp_p
 
 
 def test_two_processes_give_the_results_of_one(model, recipe, tmp_path, monkeypatch, capsys):
-    images = draw(tmp_path / 'images', 12)
+    images, before = draw(tmp_path / 'images', 12), processes_of(os.getpid(), b'multiprocessing')
     (images / 'broken.png').write_bytes((images / '0.png').read_bytes()[:50])
     given = *model, images, '--device', 'cpu', '--overlay', '--out'
     assert main(*given, tmp_path / 'two', '--processes', '2', monkeypatch=monkeypatch) == 1
@@ -250,6 +250,7 @@ def test_two_processes_give_the_results_of_one(model, recipe, tmp_path, monkeypa
     assert contents(tmp_path / 'two') == contents(tmp_path / 'one') and len(contents(tmp_path / 'two')) == 24
     assert main(*given, tmp_path / 'two', '--resume', monkeypatch=monkeypatch) == 1
     assert '12 done before, 1 to do' in capsys.readouterr().err
+    assert not [pid for pid in processes_of(os.getpid(), b'multiprocessing') if pid not in before]
 
 
 @pytest.mark.slow
@@ -281,13 +282,13 @@ def started(*arguments, model, out: Path) -> subprocess.Popen:
     return process
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """Find the worker processes by their command line."""
+def processes_of(parent: int, word: bytes) -> list[int]:
+    """Find child processes by a word of their command line; zombies count too."""
     found = []
     for folder in Path('/proc').glob('[0-9]*'):
         try:
-            parent = int((folder / 'stat').read_text().rsplit(')', 1)[1].split()[1])
-            if parent == process.pid and b'spawn_main' in (folder / 'cmdline').read_bytes():
+            state, its_parent = (folder / 'stat').read_text().rsplit(')', 1)[1].split()[:2]
+            if int(its_parent) == parent and (state == 'Z' or word in (folder / 'cmdline').read_bytes()):
                 found.append(int(folder.name))
         except (OSError, IndexError):
             continue
@@ -301,7 +302,7 @@ def test_ctrl_c_on_a_folder(processes, model, tmp_path):
     for number in range(400):
         shutil.copy(images / '0.png', images / f'copy{number}.png')
     process = started(images, '--processes', str(processes), model=model, out=out)
-    workers = children(process)
+    workers = processes_of(process.pid, b'spawn_main')
     os.killpg(process.pid, signal.SIGINT)  # a terminal also signals the whole group
     told = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and 'Traceback' not in told, told
@@ -323,7 +324,7 @@ def test_a_killed_worker_loses_only_its_images(model, tmp_path):
     for number in range(400):
         shutil.copy(images / '0.png', images / f'copy{number}.png')
     process = started(images, '--processes', '2', model=model, out=out)
-    os.kill(children(process)[0], signal.SIGKILL)
+    os.kill(processes_of(process.pid, b'spawn_main')[0], signal.SIGKILL)
     told = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and 'Traceback' not in told, told
     lost = [line for line in told.splitlines() if 'was ended by SIGKILL (out of memory?)' in line]

@@ -63,11 +63,11 @@ def write_odd(folder: Path) -> tuple[set[str], set[str]]:
     cv2.imwrite(str(folder / 'float.tif'), (image / 255).astype(np.float32))
     Image.new('RGB', (1, 1)).save(folder / 'pixel.png')
     pil.crop((0, 0, 30, 30)).save(folder / 'small.bmp')
+    Image.new('RGB', (1, HEIGHT)).save(folder / 'column.png')
     (folder / 'folder.png').mkdir()
     pil.save(folder / 'folder.png/inside.png')
     fine = {path.name for path in folder.rglob('*') if path.is_file()}
     Image.new('RGB', (3000, 1)).save(folder / 'line.png')
-    Image.new('RGB', (1, HEIGHT)).save(folder / 'column.png')
     cv2.imwrite(str(folder / 'large_values.tif'), image.astype(np.float32) * 9)
     (folder / 'empty.png').touch()
     (folder / 'empty.jpg').touch()

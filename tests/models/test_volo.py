@@ -98,9 +98,14 @@ def test_padding_is_zeros_at_the_right_and_the_bottom():
             torch.testing.assert_close(a, b[..., : a.shape[2], : a.shape[3]])
 
 
-def test_small_image_is_rejected():
-    with pytest.raises(ValueError, match='at least 32 x 32 pixels, got 31 x 64'):
-        tiny()(torch.randn(1, 3, 31, 64))
+@pytest.mark.parametrize('size', [(31, 64), (64, 9), (14, 200), (1, 1)], ids=str)
+def test_small_images_are_padded_to_32_pixels(size):
+    model = tiny()
+    x = torch.randn(2, 3, *size)
+    padded = F.pad(x, (0, max(32 - size[1], -size[1] % 16), 0, max(32 - size[0], -size[0] % 16)))
+    for i, (a, b) in enumerate(zip(model(x), model(padded), strict=True)):
+        assert a.shape[2:] == tuple(math.ceil(side / (16 if i else 8)) for side in size)
+        torch.testing.assert_close(a, b[..., : a.shape[2], : a.shape[3]])
 
 
 @pytest.mark.parametrize('indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)], ids=str)
