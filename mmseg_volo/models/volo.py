@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmseg.registry import MODELS
 from torch import nn
 from torch.nn.init import trunc_normal_
@@ -24,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import load_backbone
 from ..ops import outlook_attention
-from ..ops.layers import ConvNormReLU, LayerNorm, Linear
+from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear, is_traced
+from ..ops.reference import outlook_attention_reference
 
 # `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
 ARCHS = {
@@ -38,6 +38,22 @@ OUTLOOK = dict(kernel_size=3, stride=2, padding=1)
 PATCH = 8  # pixels per token in the Outlooker stage
 STRIDE = 16  # pixels per token in the transformer stages
 _CACHED_GRIDS = 16  # resized position embeddings cached in eval mode; ten test views need at most ten
+
+
+# A graph of `torch.fx` calls the functions with `wrap` and does not look inside, so that it takes images of any size.
+@torch.fx.wrap
+def attend(
+    v: torch.Tensor, logits: torch.Tensor, scale: float, kernel_size: int, stride: int, padding: int, impl: str
+) -> torch.Tensor:
+    """Call :func:`mmseg_volo.ops.outlook_attention`, or in TorchScript the definition, which it can compile."""
+    if torch.jit.is_scripting():
+        return outlook_attention_reference(
+            v, logits, scale=scale, kernel_size=kernel_size, stride=stride, padding=padding
+        )
+    else:
+        return outlook_attention(
+            v, logits, scale=scale, kernel_size=kernel_size, stride=stride, padding=padding, impl=impl
+        )
 
 
 class OutlookAttention(nn.Module):
@@ -59,15 +75,7 @@ class OutlookAttention(nn.Module):
         K = self.kernel_size**2
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, self.stride, ceil_mode=True).permute(0, 2, 3, 1)
         logits = self.attn(pooled).unflatten(-1, (self.heads, K, K))  # B, h, w, M, K, K
-        x = outlook_attention(
-            self.v(x),
-            logits,
-            scale=self.scale,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            impl=self.impl,
-        )
+        x = attend(self.v(x), logits, self.scale, self.kernel_size, self.stride, self.padding, self.impl)
         return self.proj(x)
 
 
@@ -146,13 +154,34 @@ class Downsample(nn.Module):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
+@torch.fx.wrap
 def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Resize a position embedding (1, h, w, C) to ``grid`` bicubically; return it unchanged if it has that size."""
-    if tuple(pos_embed.shape[1:3]) == tuple(grid):
+    if pos_embed.shape[1] == grid[0] and pos_embed.shape[2] == grid[1]:
         return pos_embed
     # In float32: not every device has a half-precision kernel, and half precision would lose pretrained digits.
-    resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), grid, mode='bicubic', align_corners=False)
+    size = [grid[0], grid[1]]
+    resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), size, mode='bicubic', align_corners=False)
     return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
+
+
+@torch.fx.wrap
+def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Add zeros to an image (B, C, H, W) at the right and the bottom, up to multiples of ``multiple``."""
+    H, W = x.shape[-2], x.shape[-1]
+    if min(H, W) < 32:
+        raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
+    if H % multiple == 0 and W % multiple == 0:
+        return x
+    return F.pad(x, (0, (multiple - W % multiple) % multiple, 0, (multiple - H % multiple) % multiple))
+
+
+@torch.fx.wrap
+def without_padding(x: torch.Tensor, H: int, W: int, stride: int, multiple: int) -> torch.Tensor:
+    """Drop the rows and columns of a map (B, h, w, C) that hold padding of the image (H, W) only."""
+    if H % multiple == 0 and W % multiple == 0:
+        return x
+    return x[:, : (H + stride - 1) // stride, : (W + stride - 1) // stride]
 
 
 def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
@@ -163,6 +192,13 @@ def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
 def call_stem(stem: PatchEmbed, x: torch.Tensor) -> torch.Tensor:
     """Call the stem; not :func:`call_block`, since PyTorch limits how often it recompiles one function."""
     return stem(x)
+
+
+class _ScriptTracer(torch.fx.Tracer):
+    """Keep stochastic depth as a module, since TorchScript can switch it with ``train()`` and ``eval()``."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, DropPath) or super().is_leaf_module(m, module_qualified_name)
 
 
 @MODELS.register_module()
@@ -179,7 +215,8 @@ class VOLO(BaseModule):
         in_channels: channels of the image.
         img_size: side in pixels, or (height, width), of the images that ``pos_embed`` is made for. For other sizes each
             forward resizes it.
-        out_indices: stages to return, ascending; stages after the last one are not built.
+        out_indices: stages to return, ascending, or the one stage to return; -1 is the last stage, -2 the one before.
+            Stages after the last one returned are not built.
         out_norm: apply a LayerNorm to each returned map. The last stage has the pretrained ``norm``; the others
             (``norm0``, ...) start as identity. False returns the raw stage outputs.
         drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks and skips the Outlookers.
@@ -189,7 +226,8 @@ class VOLO(BaseModule):
         norm_eval: keep the stem's batch norms in eval mode during training.
         with_cp: use activation checkpointing in each block when gradients are recorded.
         init_cfg: None for random weights, or ``dict(type='Pretrained', checkpoint=...)``; see
-            :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
+            :func:`mmseg_volo.checkpoints.pretrained.load_backbone`. As in mmengine, it may also be another initializer,
+            or a list, of which the pretrained weights are loaded last.
 
     Raises:
         ValueError: unknown ``arch``, inconsistent numbers, or an input under 32 pixels.
@@ -202,14 +240,14 @@ class VOLO(BaseModule):
         arch: str | dict = 'd1',
         in_channels: int = 3,
         img_size: int | tuple[int, int] = 224,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | int = (0, 1, 2, 3),
         out_norm: bool = True,
         drop_path_rate: float = 0.0,
         norm_cfg: dict | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        init_cfg: dict | None = None,
+        init_cfg: dict | list[dict] | None = None,
     ):
         super().__init__(init_cfg)
         self.arch = arch if isinstance(arch, str) else 'custom'
@@ -257,15 +295,28 @@ class VOLO(BaseModule):
     def init_weights(self) -> None:
         """Load the pretrained weights of ``init_cfg``, or initialise randomly as the official code does.
 
+        As in mmengine, only the first call does so.
+
         Raises:
             CheckpointError, FileNotFoundError: see :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
         """
-        if self.init_cfg and self.init_cfg.get('type') == 'Pretrained':
-            load_backbone(self, self.init_cfg['checkpoint'])
+        if self.is_init:
+            super().init_weights()  # warns
             return
-        if self.init_cfg:
+        given = self.init_cfg
+        configs = [given] if isinstance(given, dict) else list(given or ())
+        pretrained = [one for one in configs if one['type'] in ('Pretrained', PretrainedInit)]
+        if others := [one for one in configs if one not in pretrained]:
+            self.init_cfg = others
             super().init_weights()
-            return
+            self.init_cfg = given
+        elif not pretrained:
+            self._init_randomly()
+        for one in pretrained:
+            load_backbone(self, one['checkpoint'], one.get('prefix'))
+        self._is_init = True
+
+    def _init_randomly(self) -> None:
         print_log('VOLO starts from random weights: no pretrained checkpoint is configured', logger='current')
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -276,30 +327,28 @@ class VOLO(BaseModule):
             trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        H, W = x.shape[-2:]
-        if min(H, W) < 32:
-            raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
-        padded = H % STRIDE or W % STRIDE
-        if padded:
-            x = F.pad(x, (0, -W % STRIDE, 0, -H % STRIDE))
-        x = self._run(self.patch_embed, x)
+        H, W = x.shape[-2], x.shape[-1]
+        x = self._run(self.patch_embed, pad_to_multiple(x, STRIDE))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i == 1:  # from stride 8 to stride 16
                 x = self.network[1](x)
                 # As in the official code, autocast makes the residual stream float32 from here on.
-                x = x + self._pos_embed_for(tuple(x.shape[1:3]))
+                x = x + self._pos_embed_for((x.shape[1], x.shape[2]))
             for block in self._stage(i):
                 x = self._run(block, x)
             if i in self.out_indices:
-                out = x
-                if padded:  # drop rows and columns that hold padding only
-                    stride = STRIDE if i else PATCH
-                    out = x[:, : -(-H // stride), : -(-W // stride)]
+                out = without_padding(x, H, W, STRIDE if i else PATCH, STRIDE)
                 if self.out_norm:
                     out = getattr(self, self._norm_name(i))(out)
                 outs.append(out.permute(0, 3, 1, 2))
         return tuple(outs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles: a graph of plain layers with the same parameters, for any image size."""
+        graph = _ScriptTracer().trace(self)
+        next(reversed(graph.nodes)).type = None  # TorchScript knows no tuples of any length
+        return torch.fx.GraphModule(self, graph)
 
     def _run(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.with_cp and torch.is_grad_enabled() and isinstance(part, Block):
@@ -311,7 +360,7 @@ class VOLO(BaseModule):
         """``pos_embed`` resized to a token grid; on a CPU in eval mode without gradients the last sizes are cached."""
         pos_embed = self.pos_embed
         # On a GPU resizing takes microseconds, and comparing the values would wait for the device.
-        uncached = self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or not pos_embed.is_cpu
+        uncached = is_traced(grid[0]) or self.training or torch.is_grad_enabled() or not pos_embed.is_cpu
         if uncached or tuple(pos_embed.shape[1:3]) == grid:
             return resize_pos_embed(pos_embed, grid)
         # Compare the values: writing to `pos_embed.data`, as mmengine's EMAHook does, leaves no other trace.
@@ -411,11 +460,12 @@ def _arch_numbers(arch: str | dict) -> dict:
     return spec
 
 
-def _checked_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
-    indices = tuple(out_indices)
-    if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= stages:
+def _checked_indices(out_indices: Sequence[int] | int, stages: int) -> tuple[int, ...]:
+    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    indices = [index + stages if index < 0 else index for index in given]
+    if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= stages:
         raise ValueError(f'out_indices must be ascending, without repeats, within 0..{stages - 1}; got {out_indices}')
-    return indices
+    return tuple(indices)
 
 
 def _usable_norm(norm_cfg: dict | None) -> dict:
