@@ -22,9 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import load_backbone
-from ..ops import outlook_attention
 from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear, is_traced
-from ..ops.reference import outlook_attention_reference
+from ..ops.sizes import attend, pad_to_multiple, resize_pos_embed, without_padding
 
 # `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
 ARCHS = {
@@ -39,21 +38,9 @@ PATCH = 8  # pixels per token in the Outlooker stage
 STRIDE = 16  # pixels per token in the transformer stages
 _CACHED_GRIDS = 16  # resized position embeddings cached in eval mode; ten test views need at most ten
 
-
-# A graph of `torch.fx` calls the functions with `wrap` and does not look inside, so that it takes images of any size.
-@torch.fx.wrap
-def attend(
-    v: torch.Tensor, logits: torch.Tensor, scale: float, kernel_size: int, stride: int, padding: int, impl: str
-) -> torch.Tensor:
-    """Call :func:`mmseg_volo.ops.outlook_attention`, or in TorchScript the definition, which it can compile."""
-    if torch.jit.is_scripting():
-        return outlook_attention_reference(
-            v, logits, scale=scale, kernel_size=kernel_size, stride=stride, padding=padding
-        )
-    else:
-        return outlook_attention(
-            v, logits, scale=scale, kernel_size=kernel_size, stride=stride, padding=padding, impl=impl
-        )
+# A graph of `torch.fx` calls these functions and does not look inside, so that it takes images of any size.
+for _name in ('attend', 'pad_to_multiple', 'resize_pos_embed', 'without_padding'):
+    torch.fx.wrap(_name)
 
 
 class OutlookAttention(nn.Module):
@@ -154,36 +141,6 @@ class Downsample(nn.Module):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
-@torch.fx.wrap
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resize a position embedding (1, h, w, C) to ``grid`` bicubically; return it unchanged if it has that size."""
-    if pos_embed.shape[1] == grid[0] and pos_embed.shape[2] == grid[1]:
-        return pos_embed
-    # In float32: not every device has a half-precision kernel, and half precision would lose pretrained digits.
-    size = [grid[0], grid[1]]
-    resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), size, mode='bicubic', align_corners=False)
-    return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
-
-
-@torch.fx.wrap
-def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Add zeros to an image (B, C, H, W) at the right and the bottom, up to multiples of ``multiple``."""
-    H, W = x.shape[-2], x.shape[-1]
-    if min(H, W) < 32:
-        raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
-    if H % multiple == 0 and W % multiple == 0:
-        return x
-    return F.pad(x, (0, (multiple - W % multiple) % multiple, 0, (multiple - H % multiple) % multiple))
-
-
-@torch.fx.wrap
-def without_padding(x: torch.Tensor, H: int, W: int, stride: int, multiple: int) -> torch.Tensor:
-    """Drop the rows and columns of a map (B, h, w, C) that hold padding of the image (H, W) only."""
-    if H % multiple == 0 and W % multiple == 0:
-        return x
-    return x[:, : (H + stride - 1) // stride, : (W + stride - 1) // stride]
-
-
 def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
     """Call a block; compiling this function compiles all blocks at once."""
     return block(x)
@@ -225,12 +182,13 @@ class VOLO(BaseModule):
             mode. The downsample and ``pos_embed`` belong to the second stage.
         norm_eval: keep the stem's batch norms in eval mode during training.
         with_cp: use activation checkpointing in each block when gradients are recorded.
+        pretrained: a file for ``init_cfg``; mmseg sets it to the segmentor's argument ``pretrained``.
         init_cfg: None for random weights, or ``dict(type='Pretrained', checkpoint=...)``; see
             :func:`mmseg_volo.checkpoints.pretrained.load_backbone`. As in mmengine, it may also be another initializer,
             or a list, of which the pretrained weights are loaded last.
 
     Raises:
-        ValueError: unknown ``arch``, inconsistent numbers, or an input under 32 pixels.
+        ValueError: unknown ``arch``, inconsistent arguments, or an input under 32 pixels.
     """
 
     arch_settings = ARCHS
@@ -247,9 +205,12 @@ class VOLO(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        pretrained: str | None = None,
         init_cfg: dict | list[dict] | None = None,
     ):
-        super().__init__(init_cfg)
+        if pretrained is not None and init_cfg:
+            raise ValueError('pretrained and init_cfg cannot both be given: pretrained means a Pretrained init_cfg')
+        super().__init__(init_cfg if pretrained is None else dict(type='Pretrained', checkpoint=pretrained))
         self.arch = arch if isinstance(arch, str) else 'custom'
         spec = _arch_numbers(arch)
         depths, dims, heads, ratios = spec['depths'], spec['dims'], spec['heads'], spec['mlp_ratios']

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.model import PretrainedInit
 from mmseg.registry import MODELS
+from small_models import segmentor_config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -393,6 +394,13 @@ def test_fx_tracing(grad):
 @pytest.mark.parametrize(('given', 'stages'), [(2, (2,)), (-1, (3,)), ((0, -1), (0, 3)), ([-4, 1, -2], (0, 1, 2))])
 def test_out_indices_of_other_forms(given, stages):
     assert tiny(out_indices=given).out_indices == stages
+
+
+def test_the_segmentors_argument_pretrained():
+    model = MODELS.build(segmentor_config(type='EncoderDecoder', pretrained='volo.pth'))
+    assert model.backbone.init_cfg == dict(type='Pretrained', checkpoint='volo.pth')
+    with pytest.raises(ValueError, match='pretrained and init_cfg cannot both be given'):
+        VOLO(TINY, pretrained='volo.pth', init_cfg=dict(type='Normal', layer='Linear'))
 
 
 @pytest.mark.parametrize('kind', [PretrainedInit, 'Pretrained'])
