@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import load_backbone
 from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear, is_traced
-from ..ops.sizes import attend, pad_to_multiple, resize_pos_embed, without_padding
+from ..ops.sizes import attend, padded, resize_pos_embed, without_padding
 
 # `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
 ARCHS = {
@@ -39,7 +39,7 @@ STRIDE = 16  # pixels per token in the transformer stages
 _CACHED_GRIDS = 16  # resized position embeddings cached in eval mode; ten test views need at most ten
 
 # A graph of `torch.fx` calls these functions and does not look inside, so that it takes images of any size.
-for _name in ('attend', 'pad_to_multiple', 'resize_pos_embed', 'without_padding'):
+for _name in ('attend', 'padded', 'resize_pos_embed', 'without_padding'):
     torch.fx.wrap(_name)
 
 
@@ -162,7 +162,7 @@ class _ScriptTracer(torch.fx.Tracer):
 class VOLO(BaseModule):
     """VOLO backbone: an Outlooker stage at stride 8, then transformer stages at stride 16.
 
-    Takes (B, in_channels, H, W) with any H, W >= 32; zeros are added at the right and the bottom up to multiples of 16.
+    Takes (B, in_channels, H, W); zeros are added at the right and the bottom up to multiples of 16, and to at least 32.
     Returns a tuple of (B, C_i, H_i, W_i), one for each of ``out_indices``: H_i = ceil(H / 8) for index 0 and
     ceil(H / 16) for the others.
 
@@ -188,10 +188,11 @@ class VOLO(BaseModule):
             or a list, of which the pretrained weights are loaded last.
 
     Raises:
-        ValueError: unknown ``arch``, inconsistent arguments, or an input under 32 pixels.
+        ValueError: unknown ``arch``, or inconsistent arguments.
     """
 
     arch_settings = ARCHS
+    smallest = 2 * STRIDE  # side in pixels that smaller inputs are padded to
 
     def __init__(
         self,
@@ -289,7 +290,7 @@ class VOLO(BaseModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         H, W = x.shape[-2], x.shape[-1]
-        x = self._run(self.patch_embed, pad_to_multiple(x, STRIDE))
+        x = self._run(self.patch_embed, padded(x, STRIDE, self.smallest))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i == 1:  # from stride 8 to stride 16
@@ -299,7 +300,7 @@ class VOLO(BaseModule):
             for block in self._stage(i):
                 x = self._run(block, x)
             if i in self.out_indices:
-                out = without_padding(x, H, W, STRIDE if i else PATCH, STRIDE)
+                out = without_padding(x, H, W, STRIDE if i else PATCH, STRIDE, self.smallest)
                 if self.out_norm:
                     out = getattr(self, self._norm_name(i))(out)
                 outs.append(out.permute(0, 3, 1, 2))

@@ -31,18 +31,20 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Te
     return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
 
 
-def pad_to_multiple(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    """Add zeros to an image (B, C, H, W) at the right and the bottom, up to multiples of ``multiple``."""
-    H, W = x.shape[-2], x.shape[-1]
-    if min(H, W) < 32:
-        raise ValueError(f'VOLO needs images of at least 32 x 32 pixels, got {H} x {W}')
-    if H % multiple == 0 and W % multiple == 0:
-        return x
-    return F.pad(x, (0, (multiple - W % multiple) % multiple, 0, (multiple - H % multiple) % multiple))
+def padding_of(side: int, multiple: int, smallest: int) -> int:
+    """Zeros to add to a side of an image: up to ``smallest``, or up to a multiple."""
+    return smallest - side if side < smallest else (multiple - side % multiple) % multiple
 
 
-def without_padding(x: torch.Tensor, H: int, W: int, stride: int, multiple: int) -> torch.Tensor:
+def padded(x: torch.Tensor, multiple: int, smallest: int) -> torch.Tensor:
+    """Add zeros to an image (B, C, H, W) at the right and the bottom; see :func:`padding_of`."""
+    bottom = padding_of(x.shape[-2], multiple, smallest)
+    right = padding_of(x.shape[-1], multiple, smallest)
+    return F.pad(x, (0, right, 0, bottom)) if bottom != 0 or right != 0 else x
+
+
+def without_padding(x: torch.Tensor, H: int, W: int, stride: int, multiple: int, smallest: int) -> torch.Tensor:
     """Drop the rows and columns of a map (B, h, w, C) that hold padding of the image (H, W) only."""
-    if H % multiple == 0 and W % multiple == 0:
+    if padding_of(H, multiple, smallest) == 0 and padding_of(W, multiple, smallest) == 0:
         return x
     return x[:, : (H + stride - 1) // stride, : (W + stride - 1) // stride]
