@@ -46,7 +46,7 @@ def main() -> None:
     if args.show_dir:
         config.default_hooks.visualization.update(draw=True, interval=1)
         config.visualizer.save_dir = args.show_dir
-    build_runner(config).test()
+    build_runner(config, 'test').test()
 
 
 if __name__ == '__main__':
