@@ -11,10 +11,10 @@ from ..errors import ConfigError
 from .building import source_of
 from .classes import check_counts, check_names, class_list
 from .ignored import check_ignored
-from .keys import check_loader, check_part, check_top_level
+from .keys import check_loader, check_paramwise, check_part, check_top_level
 from .losses import check_losses, check_outputs
 from .parts import Part, Parts, heads, leaves
-from .runs import check_complete, check_measured
+from .runs import check_best, check_complete, check_measured
 from .sizes import check_crop, check_windows
 
 Task = Literal['train', 'test', 'data']
@@ -77,7 +77,7 @@ def check_model(config: Mapping, any_classes: bool = False) -> None:
     """
     parts = Parts(config, scope='mmseg')
     datasets = [] if any_classes else leaves(parts.datasets('test'))
-    _raise(config, list(_model_faults(parts, datasets, training=False, guarded=False)))
+    _raise(config, list(_model_faults(parts, datasets, training=False, predicts=True, guarded=False)))
 
 
 def _raise(config: Mapping, faults: Sequence[str]) -> None:
@@ -101,18 +101,21 @@ def _faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Iterator[
             yield from check_part(part)
     hooks = [getattr(hook.kind, '__name__', '') for hook in parts.surroundings()]
     datasets = [one for split in splits for one in leaves(parts.datasets(split))]
-    yield from _model_faults(parts, datasets, task != 'test', 'LabelGuardHook' in hooks)
+    predicts = any(config.get(f'{split}_dataloader') is not None for split in splits if split != 'train')
+    yield from _model_faults(parts, datasets, task != 'test', predicts and task != 'data', 'LabelGuardHook' in hooks)
     yield from _split_faults(parts, splits, task)
     if task != 'test':
         yield from _ignored_faults(parts, splits)
 
 
-def _model_faults(parts: Parts, datasets: Sequence[Part], training: bool, guarded: bool) -> Iterator[str]:
+def _model_faults(
+    parts: Parts, datasets: Sequence[Part], training: bool, predicts: bool, guarded: bool
+) -> Iterator[str]:
     model = parts.model()
     for part in model:
         yield from check_part(part)
         if part.key.rpartition('.')[2] in ('model', 'module'):
-            yield from check_windows(part)
+            yield from check_windows(part, predicts)
     # Predictions need neither auxiliary heads nor losses.
     used = [head for head in heads(model) if training or 'auxiliary_head' not in head.key.split('.')]
     yield from check_counts(used, datasets, guarded)
@@ -129,14 +132,16 @@ def _split_faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Ite
         loader = parts.config.get(f'{split}_dataloader')
         if not isinstance(loader, Mapping):
             continue
-        if task != 'data':
+        if task != 'data' and parts.config.get('runner_type') in (None, 'Runner', 'VOLORunner'):
             yield from check_loader(f'{split}_dataloader', loader)
         datasets = parts.datasets(split)
         transforms = {one.key: parts.transforms(one) for one in datasets}
         found = [*datasets, *chain.from_iterable(transforms.values())]
         if task != 'data':
             found += [*parts.samplers(split), *parts.loop(split), *parts.metrics(split)]
-            found += parts.optimization() if split == 'train' else []
+        if task != 'data' and split == 'train':
+            found += parts.optimization()
+            yield from check_paramwise(parts.config)
         for part in found:
             yield from check_part(part)
         for dataset in leaves(datasets):
@@ -148,6 +153,8 @@ def _split_faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Ite
                 yield from check_crop(parts.model(), list(chain.from_iterable(steps)))
         if split != 'train' and task != 'data':
             yield from check_measured(leaves(datasets), parts.metrics(split), transforms)
+        if split == 'val' and task != 'data':
+            yield from check_best(parts.config, parts.metrics(split))
 
 
 def _ignored_faults(parts: Parts, splits: Sequence[str]) -> Iterator[str]:

@@ -15,9 +15,7 @@ from .parts import Part
 
 def check_names(dataset: Part) -> Iterator[str]:
     """The faults in the class list and palette that a config gives a data set."""
-    key, given = f'{dataset.key}.metainfo', dataset.cfg.get('metainfo')
-    if given is None:
-        return
+    key, given = f'{dataset.key}.metainfo', dataset.cfg.get('metainfo') or {}
     if not isinstance(given, Mapping):
         yield f"{key}: {_short(given)} is no dict; write metainfo=dict(classes=('road', 'sky'))"
         return
@@ -26,38 +24,47 @@ def check_names(dataset: Part) -> Iterator[str]:
             new = 'palette' if old.lower().startswith('palette') else 'classes'
             yield f'{key}.{old}: mmseg 1.x does not read it; write {new}'
     names = given.get('classes')
+    if names is None:
+        key, names = f"METAINFO['classes'] of {_name(dataset)} ({dataset.key}.type)", _metainfo(dataset).get('classes')
+    else:
+        key = f'{key}.classes'
+    if names is None:
+        return
     if isinstance(names, str):
         if '://' not in names and not Path(names).is_file():
             file = '; there is no file of this name' if Path(names).suffix else ''
             yield (
-                f'{key}.classes: {names!r} is a text, of which mmseg would take each letter for a class{file}; write '
+                f'{key}: {names!r} is a text, of which mmseg would take each letter for a class{file}; write '
                 f'classes=({names!r},) for one class'
             )
         return
-    if names is not None and not isinstance(names, Sequence):
-        yield f'{key}.classes: {_short(names)} is no list of names'
+    if not isinstance(names, Sequence) or not names:
+        yield f'{key}: {_short(names)} is no list of names'
         return
-    names = list(names or ())
+    names, own = list(names), _own(dataset)
     twice = [name for name, count in Counter(map(str, names)).items() if count > 1]
     if twice:
-        yield f'{key}.classes: {_short(twice[0])} is there twice; each class needs a name of its own'
-    own = _own(dataset)
+        yield f'{key}: {_short(twice[0])} is there twice; each class needs a name of its own'
     strange = [name for name in names if name not in own] if own else []
     if strange:
         hint = difflib.get_close_matches(str(strange[0]), own, 1, 0.6)
         yield (
-            f'{key}.classes: {_short(strange[0])} is no class of {dataset.kind.__name__}'
+            f'{key}: {_short(strange[0])} is no class of {_name(dataset)}'
             + (f'; did you mean {hint[0]!r}?' if hint else '; other classes need another data set type')
         )
         return
-    yield from _check_palette(dataset, names or own, bool(own) and names not in ([], own))
+    yield from _check_palette(dataset, names, bool(own) and names != own)
+
+
+def _name(dataset: Part) -> str:
+    return getattr(dataset.kind, '__name__', str(dataset.kind))
 
 
 def _check_palette(dataset: Part, names: Sequence[str], part_of_own: bool) -> Iterator[str]:
     """As :meth:`BaseSegDataset._update_palette` does it: a longer palette is fine for a part of the own classes."""
-    given = dataset.cfg['metainfo'].get('palette')
+    given = (dataset.cfg.get('metainfo') or {}).get('palette')
     palette = _metainfo(dataset).get('palette') if given is None else given
-    if not isinstance(palette, Sequence) or isinstance(palette, str) or not names:
+    if not isinstance(palette, Sequence) or isinstance(palette, str):
         return
     count = len(palette)
     if count in (0, len(names)) or (part_of_own and count > len(names)):

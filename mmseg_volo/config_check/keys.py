@@ -19,6 +19,16 @@ _LOADER_KEYS = {
     'disable_subprocess_warning',
 }
 _NEAR = 0.9  # similarity from which a key that may be unknown is taken for a mistyped one
+_PARAMWISE = (
+    'custom_keys',
+    'bias_lr_mult',
+    'bias_decay_mult',
+    'norm_decay_mult',
+    'flat_decay_mult',
+    'dwconv_decay_mult',
+    'dcn_offset_lr_mult',
+    'bypass_duplicate',
+)
 # Where MMSegmentation 0.x had a key that 1.x has elsewhere.
 _MOVED = dict(classes='metainfo=dict(classes=...)', palette='metainfo=dict(palette=...)')
 
@@ -32,12 +42,12 @@ def check_part(part: Part) -> Iterator[str]:
         if 'type' not in part.cfg:
             yield f'{part.key}: has no type; add one, such as {_example(part)}'
         elif not isinstance(kind, str):
-            yield f'{part.key}.type: {kind!r} is no name of a class'
+            yield f'{part.type_key}: {kind!r} is no name of a class'
         elif find(part.registry, kind, 'mmseg') is not None and '.' not in kind:
-            yield f"{part.key}.type: {kind!r} is registered in mmseg; set default_scope = 'mmseg' in the config"
+            yield f"{part.type_key}: {kind!r} is registered in mmseg; set default_scope = 'mmseg' in the config"
         else:
             hint = nearest(kind.rpartition('.')[2], registered(part.registry))
-            yield f'{part.key}.type: {kind!r} is not registered{hint or "; import its module in custom_imports"}'
+            yield f'{part.type_key}: {kind!r} is not registered{hint or "; import its module in custom_imports"}'
         return
     keys, is_open = accepted(part.kind)
     for name in part.cfg:
@@ -53,6 +63,17 @@ def check_part(part: Part) -> Iterator[str]:
 def _example(part: Part) -> str:
     names = sorted(name for name in registered(part.registry) if not name.startswith('_'))
     return f'type={names[0]!r}' if len(names) == 1 else "type='NAME'"
+
+
+def check_paramwise(config: Mapping) -> Iterator[str]:
+    """Mistyped keys of ``optim_wrapper.paramwise_cfg``, which mmengine's own constructor would ignore."""
+    wrapper = config.get('optim_wrapper')
+    given = wrapper.get('paramwise_cfg') if isinstance(wrapper, Mapping) else None
+    if not isinstance(given, Mapping) or wrapper.get('constructor') not in (None, 'DefaultOptimWrapperConstructor'):
+        return
+    for name in given:
+        if name not in _PARAMWISE and (hint := nearest(name, _PARAMWISE)):
+            yield f'optim_wrapper.paramwise_cfg.{name}: nothing reads this key{hint}'
 
 
 def check_loader(key: str, loader: Mapping) -> Iterator[str]:

@@ -31,7 +31,7 @@ def find(registry: Registry, kind: Any, scope: str) -> Any:
         if child is not None:
             child.import_from_location()
             return child.module_dict.get(rest)
-        return getattr(sys.modules.get(prefix), rest, UNKNOWN)
+        return vars(sys.modules[prefix]).get(rest, UNKNOWN) if prefix in sys.modules else UNKNOWN
     registry = _of_scope(registry, scope)
     if registry is None:
         return UNKNOWN

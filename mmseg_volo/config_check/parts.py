@@ -22,6 +22,7 @@ _NESTED = (
     'loss_decode',
 )
 _LAYERS = 'norm_cfg', 'act_cfg'  # their other keys depend on the layer
+_TYPES = 'runner_type', 'optim_wrapper.constructor'  # keys whose value is a type
 HEADS = 'decode_head', 'auxiliary_head'
 ANY = '*'  # as an extra key: all keys are accepted
 
@@ -43,6 +44,11 @@ class Part:
     registry: Registry
     kind: Any
     extra: tuple[str, ...] = ()
+
+    @property
+    def type_key(self) -> str:
+        """The key that holds the type; of some parts it is the whole value."""
+        return self.key if self.key in _TYPES else f'{self.key}.type'
 
     def get(self, name: str) -> Any:
         """The value of a key, or the constructor's default, or ``NOTHING``."""
@@ -150,6 +156,10 @@ class Parts:
         if isinstance(wrapper, Mapping):
             taken = 'constructor', 'paramwise_cfg', 'optimizer'
             found.append(self.part('optim_wrapper', wrapper, registries.OPTIM_WRAPPERS, *taken, default='OptimWrapper'))
+            if 'constructor' in wrapper:
+                constructor = dict(type=wrapper['constructor'])
+                registry = registries.OPTIM_WRAPPER_CONSTRUCTORS
+                found.append(self.part('optim_wrapper.constructor', constructor, registry, ANY))
             if isinstance(wrapper.get('optimizer'), Mapping):
                 found.append(self.part('optim_wrapper.optimizer', wrapper['optimizer'], registries.OPTIMIZERS))
         schedulers = self.config.get('param_scheduler')
@@ -162,8 +172,10 @@ class Parts:
         return found
 
     def surroundings(self) -> list[Part]:
-        """What each runner builds: hooks, visualizer, log processor."""
+        """What each runner builds: itself, hooks, visualizer, log processor."""
         config, found = self.config, []
+        if config.get('runner_type') is not None:
+            found.append(self.part('runner_type', dict(type=config['runner_type']), registries.RUNNERS, ANY))
         hooks = config.get('default_hooks')
         named = hooks.items() if isinstance(hooks, Mapping) else ()
         places = [(f'default_hooks.{name}', hook) for name, hook in named if isinstance(hook, Mapping)]

@@ -1,13 +1,14 @@
 """Faults in what a run needs: data loader, loop and metric of each split, and labels to measure with."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mmcv.transforms import LoadAnnotations
 from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 
 from .classes import class_list
-from .lookup import NOTHING, UNKNOWN
+from .lookup import NOTHING, UNKNOWN, nearest
 from .parts import Part
 
 _NEEDED = dict(
@@ -15,6 +16,8 @@ _NEEDED = dict(
     val=('val_dataloader', 'val_cfg', 'val_evaluator'),
     test=('test_dataloader', 'test_cfg', 'test_evaluator'),
 )
+# What mmseg's IoUMetric computes for each of its iou_metrics.
+_RESULTS = dict(mIoU=('mIoU', 'mAcc'), mDice=('mDice', 'mAcc'), mFscore=('mFscore', 'mPrecision', 'mRecall'))
 _PACKAGES = 'mmcv', 'mmseg', 'mmseg_volo'
 
 
@@ -51,6 +54,9 @@ def check_measured(datasets: Sequence[Part], metrics: Sequence[Part], transforms
     for metric in metrics:
         if metric.get('format_only') is True and not metric.get('output_dir'):
             yield f'{metric.key}.output_dir: not set, but format_only saves the predictions there; set a folder'
+        unknown = [name for name in _listed(metric.get('iou_metrics')) if name not in _RESULTS]
+        if unknown:
+            yield f'{metric.key}.iou_metrics: {unknown[0]!r} is none of {", ".join(_RESULTS)}'
     measuring = [metric for metric in metrics if metric.get('format_only') is not True]
     if not measuring:
         return
@@ -70,6 +76,27 @@ def check_measured(datasets: Sequence[Part], metrics: Sequence[Part], transforms
                 f'{dataset.key}.data_prefix.seg_map_path, or {measuring[0].key}.format_only=True and output_dir to '
                 'save predictions only, or use tools/predict.py'
             )
+
+
+def check_best(config: Mapping, metrics: Sequence[Part]) -> Iterator[str]:
+    """The fault that checkpoints are compared by a figure that the validation does not have."""
+    hooks = config.get('default_hooks')
+    hook = hooks.get('checkpoint') if isinstance(hooks, Mapping) else None
+    best = hook.get('save_best') if isinstance(hook, Mapping) else None
+    if not metrics or not all(metric.is_a(IoUMetric) and metric.get('prefix') is None for metric in metrics):
+        return
+    known = {
+        'aAcc',
+        *(name for one in metrics for key in _listed(one.get('iou_metrics')) for name in _RESULTS.get(key, ())),
+    }
+    for name in _listed(best):
+        if name not in known and name != 'auto' and not name.startswith('val/'):
+            hint = nearest(name, known) or f'; it has {", ".join(sorted(known))}'
+            yield f'default_hooks.checkpoint.save_best: the validation has no {name!r}{hint}'
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else [one for one in value or () if isinstance(one, str)]
 
 
 def _without_labels(dataset: Part, transforms: Sequence[Part]) -> bool:

@@ -87,11 +87,15 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
 
 
-def check_windows(segmentor: Part) -> Iterator[str]:
-    """The faults in the ``test_cfg`` of a segmentor."""
+def check_windows(segmentor: Part, predicts: bool) -> Iterator[str]:
+    """The faults in the ``test_cfg`` of a segmentor, which it needs if it ``predicts``."""
     cfg = segmentor.cfg.get('test_cfg')
     own_modes = getattr(segmentor.kind, 'inference', None) is not EncoderDecoder.inference
-    if not isinstance(cfg, dict) or (own_modes and not segmentor.is_a(StreamingEncoderDecoder)):
+    if own_modes and not segmentor.is_a(StreamingEncoderDecoder):
+        return
+    if not isinstance(cfg, dict):
+        if predicts:
+            yield f"{segmentor.key}.test_cfg: not set, but predictions need it; set test_cfg=dict(mode='whole')"
         return
     key, mode = f'{segmentor.key}.test_cfg', cfg.get('mode', 'whole')
     if mode not in ('slide', 'whole'):

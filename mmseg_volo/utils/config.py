@@ -102,6 +102,8 @@ def check_options(config: Config, options: Mapping[str, Any]) -> None:
 
 def used_variables(config: Mapping) -> set[str]:
     """Names that a config's files read in their own code, as ``crop_size`` in ``size=crop_size``."""
+    if not str(getattr(config, 'filename', None)).endswith('.py'):  # other formats have no variables
+        return set()
     text = getattr(config, 'text', None) or ''
     # mmengine joins the texts of all files, each after a line with its path.
     text = '\n'.join(line for line in text.splitlines() if not line.endswith(('.py', '.yaml', '.yml', '.json')))

@@ -11,10 +11,13 @@ from mmengine.evaluator import Evaluator
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
+from mmseg.datasets import BaseSegDataset
+from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS, METRICS, MODELS
 from mmseg.structures import SegDataSample
 
 from mmseg_volo.config_check import check_config, check_model, settle
+from mmseg_volo.config_check.runs import _RESULTS
 from mmseg_volo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -58,6 +61,15 @@ def heads(**values) -> dict:
 
 RARE = dict(type='BaseSegDataset', metainfo=dict(classes=NAMES[:10]))
 CE = dict(type='CrossEntropyLoss')
+
+
+@DATASETS.register_module()
+class WaterDataset(BaseSegDataset):
+    """A class list without its comma."""
+
+    METAINFO = dict(classes=('water'), palette=[[0, 0, 9]])
+
+
 FAULTS = {
     # classes
     'one head': (dict(model__decode_head__num_classes=4), r'model\.decode_head\.num_classes: 4, but .* has 11 classes'),
@@ -87,6 +99,8 @@ FAULTS = {
         r'num_classes: 11, but train_dataloader\.dataset\.datasets\.1 has 10',
     ),
     'text': (both(metainfo=dict(classes='water')), r"metainfo\.classes: 'water' is a text.*classes=\('water',\)"),
+    'text in the class': (both(type='WaterDataset'), r"METAINFO\['classes'\] of WaterDataset .*'water' is a text"),
+    'no class': (both(metainfo=dict(classes=[])), r'metainfo\.classes: \[\] is no list of names'),
     'missing file': (both(metainfo=dict(classes='names.txt')), r'metainfo\.classes: .*there is no file of this name'),
     'twice': (both(type='BaseSegDataset', metainfo=dict(classes=('a', *NAMES[:10]))), r"classes: 'a' is there twice"),
     'no dict': (both(metainfo=('a', 'b')), r"metainfo: \('a', 'b'\) is no dict"),
@@ -188,6 +202,7 @@ FAULTS = {
         dict(model__test_cfg=dict(mode='slide', crop_size=(64, 96), stride=(65, 64))),
         r'test_cfg\.stride: \(65, 64\) with crop_size = \(64, 96\) leaves pixels out',
     ),
+    'no test_cfg': (dict(model__test_cfg=None), r'model\.test_cfg: not set, but predictions need it'),
     'no stride': (dict(model__test_cfg=dict(mode='slide', crop_size=(9, 9))), r'test_cfg\.stride: None is no \(height'),
     'mode': (dict(model__test_cfg__mode='sliding'), r"test_cfg\.mode: 'sliding' is neither"),
     # names
@@ -218,6 +233,12 @@ FAULTS = {
     ),
     'optimizer': (dict(optim_wrapper__optimizer__learning_rate=1), r'optimizer\.learning_rate: AdamW has no such'),
     'wrapper of the optimizer': (dict(optim_wrapper__clip_grads=1), r"clip_grads: .* did you mean 'clip_grad'"),
+    'constructor': (dict(optim_wrapper__constructor='X'), r"optim_wrapper\.constructor: 'X' is not registered"),
+    'paramwise': (
+        dict(optim_wrapper__paramwise_cfg__custom_key={}),
+        r"_cfg\.custom_key: .* did you mean 'custom_keys'",
+    ),
+    'runner': (dict(runner_type='VOLORuner'), r"runner_type: 'VOLORuner' .* did you mean 'VOLORunner'"),
     'scheduler': (dict(param_scheduler__0__begins=1), r"param_scheduler\.0\.begins: LinearLR .* did you mean 'begin'"),
     'visualizer': (dict(visualizer__vis_backends=[dict(type='WandBVisBackend')]), r"did you mean 'WandbVisBackend'"),
     'metric': (dict(val_evaluator=[dict(type='IoUMetrics')]), r"val_evaluator\.0\.type: .* did you mean '.*IoUMetric'"),
@@ -245,6 +266,8 @@ FAULTS = {
         dict(val_dataloader__dataset__pipeline=[dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]),
         r'val_dataloader\.dataset: has no labels',
     ),
+    'figure': (dict(val_evaluator__iou_metrics=['mIou']), r"iou_metrics: 'mIou' is none of mIoU, mDice, mFscore"),
+    'best': (dict(default_hooks__checkpoint__save_best='mIou'), r"save_best: .* no 'mIou'; did you mean 'mIoU'"),
     'format_only to nowhere': (dict(val_evaluator__format_only=True), r'val_evaluator\.output_dir: not set'),
 }
 
@@ -305,6 +328,7 @@ VALID = {
     'type by its path': dict(model__backbone__type='mmseg_volo.models.volo.VOLO'),
     'type of a package that is not installed': dict(model__backbone__type='mmpretrain.ConvNeXt'),
     'type of its scope': dict(model__type='mmseg.EncoderDecoder'),
+    'best of a list': dict(default_hooks__checkpoint__save_best=['mIoU', 'aAcc', 'auto']),
     'no validation': dict(val_dataloader=None, val_cfg=None, val_evaluator=None),
 }
 
@@ -429,6 +453,12 @@ def test_mmengine_with_half_of_a_validation(tmp_path):
 
 def test_mmseg_measures_without_classes_or_labels():
     init_default_scope('mmseg')
+    areas = [torch.ones(2)] * 4
+    for kind, results in _RESULTS.items():
+        found = IoUMetric.total_area_to_metrics(*areas, metrics=[kind])
+        assert {'aAcc', *(f'm{name}' for name in found if name != 'aAcc')} == {'aAcc', *results}
+    with pytest.raises(KeyError):
+        IoUMetric.total_area_to_metrics(*areas, metrics=['mIou'])
     for meta in ({}, dict(classes=NAMES)):
         evaluator = Evaluator(METRICS.build(dict(type='IoUMetric')))
         evaluator.dataset_meta = meta
