@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import USER_ERRORS, ConfigError
 
+# Raised outside a constructor too, by the runner that reads the config.
 _BUILD_ERRORS = ValueError, TypeError, KeyError, AttributeError, AssertionError
 
 
@@ -22,12 +25,13 @@ def building(config: Mapping, key: str) -> Iterator[None]:
         yield
     except USER_ERRORS:
         raise
-    except (*_BUILD_ERRORS, RuntimeError) as error:
-        if type(error) is RuntimeError and not str(error).startswith('Failed to get '):  # of mmengine's Registry.get
+    except Exception as error:
+        place = _place(config, error)
+        if isinstance(error, torch.OutOfMemoryError) or not (place or isinstance(error, _BUILD_ERRORS)):
             raise
-        place = _place(config, error) or key
         reason = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or 'is not accepted'
-        raise ConfigError(f'{source_of(config)}{place}: {_one_line(reason)} ({type(error).__name__})') from error
+        where = f'{source_of(config)}{place or key}'
+        raise ConfigError(f'{where}: {_one_line(reason)} ({type(error).__name__})') from error
 
 
 def source_of(config: Mapping) -> str:

@@ -69,12 +69,12 @@ class Parts:
 
     def __init__(self, config: Mapping, scope: str = 'mmengine'):
         self.config = config
-        self.scope = config.get('default_scope') or scope
+        self.scope = _text(config.get('default_scope')) or scope
 
     def part(self, key: str, cfg: Mapping, registry: Registry, *extra: str, default: Any = None) -> Part:
         """One part; ``default`` is its ``type`` if it has none."""
         kind = cfg.get('type', default)
-        scope = cfg.get('_scope_') or self.scope
+        scope = _text(cfg.get('_scope_')) or self.scope
         return Part(key, cfg, registry, find(registry, kind, scope), ('_scope_', *extra))
 
     def model(self) -> list[Part]:
@@ -190,6 +190,10 @@ class Parts:
             key = 'log_processor'
             found.append(self.part(key, config[key], registries.LOG_PROCESSORS, default='LogProcessor'))
         return found
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def each(cfg: Any, key: str) -> Iterator[tuple[str, Mapping]]:

@@ -96,7 +96,8 @@ def check_best(config: Mapping, metrics: Sequence[Part]) -> Iterator[str]:
 
 
 def _listed(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [one for one in value or () if isinstance(one, str)]
+    values = value if isinstance(value, list | tuple) else [value]
+    return [one for one in values if isinstance(one, str)]
 
 
 def _without_labels(dataset: Part, transforms: Sequence[Part]) -> bool:

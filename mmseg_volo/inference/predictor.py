@@ -14,6 +14,7 @@ from mmengine.device import get_device
 from mmseg.registry import MODELS
 from torch import nn
 
+from ..config_check import building
 from ..models.onnx import is_onnx, with_onnx
 from ..models.windows import WindowNetwork
 from .images import as_bgr
@@ -72,9 +73,11 @@ class Predictor:
         self.model, self._test_cfg = self._segmentor, config.model.get('test_cfg')
         if aug_test:
             check_tta(config)
-            self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
-        pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
-        self.pipeline = Compose(_for_arrays(pipeline))
+            with building(config, 'tta_model'):
+                self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
+        with building(config, 'tta_pipeline' if aug_test else 'test_dataloader.dataset.pipeline'):
+            pipeline = config.tta_pipeline if aug_test else config.test_dataloader.dataset.pipeline
+            self.pipeline = Compose(_for_arrays(pipeline))
 
     def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':
         """Return a predictor with other options that shares the weights of this one.

@@ -5,6 +5,7 @@ import copy
 import sys
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
@@ -16,6 +17,7 @@ from mmseg_volo.config_check.lookup import accepted, default_of, find
 from mmseg_volo.engine.runner import VOLORunner, build_runner
 from mmseg_volo.errors import ConfigError, DataError
 from mmseg_volo.inference.model import init_model
+from mmseg_volo.inference.predictor import Predictor
 
 
 @HOOKS.register_module()
@@ -75,6 +77,18 @@ def test_the_model_alone(tmp_path):
     config = small_config(tmp_path, model__backbone__drop_path=0.1, model__decode_head__num_classes=5)
     with pytest.raises(ConfigError, match=r'2 faults.*\n.*drop_path.*\n.*num_classes: 5, but test_dataloader'):
         init_model(config, device='cpu')
+
+
+def test_pipelines_and_augmentation_for_prediction(tmp_path):
+    path = tmp_path / 'x.pth'
+    config = small_config(tmp_path)
+    torch.save(init_model(config, device='cpu').state_dict(), path)
+    wrong = small_config(tmp_path, tta_model=dict(type='NoTTA'))
+    wrong.test_dataloader.dataset.pipeline[1].type = 'Rezise'
+    with pytest.raises(ConfigError, match=r'small\.py: test_dataloader\.dataset\.pipeline.*: .*Rezise'):
+        Predictor(wrong, str(path), 'cpu')
+    with pytest.raises(ConfigError, match=r'small\.py: tta_model: .*NoTTA'):
+        Predictor(wrong, str(path), 'cpu', aug_test=True)
 
 
 def test_only_errors_of_constructors_are_changed():
