@@ -48,10 +48,13 @@ def check_ignored(
         padding = step.get('pad_val')
         if isinstance(padding, dict) and 'seg' in padding:
             places.append((f'{step.key}.pad_val.seg', padding['seg']))
-    # Without a resize, crops have the size that they are padded to.
-    if any('Resize' in str(step.cfg.get('type')) for step in transforms):
-        for part in model:
-            places.append((f'{part.key}.seg_pad_val', part.get('seg_pad_val')))
+    # Without a resize, crops often have the size that they are padded to. Padding with a class is a mistake anyway.
+    resized = any('Resize' in str(step.cfg.get('type')) for step in transforms)
+    classes = [count for head in heads if isinstance(count := head.get('num_classes'), int)]
+    for part in model if transforms else ():
+        padding = part.get('seg_pad_val')
+        if isinstance(padding, int | float) and (resized or 0 <= padding < max(classes, default=0)):
+            places.append((f'{part.key}.seg_pad_val', padding))
     values: dict[Any, list[str]] = {}
     for key, value in places:
         if value is not NOTHING and isinstance(value, int | float):

@@ -19,6 +19,7 @@ _LOADER_KEYS = {
     'disable_subprocess_warning',
 }
 _NEAR = 0.9  # similarity from which a key that may be unknown is taken for a mistyped one
+_DEFAULT_HOOKS = 'runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint', 'visualization'
 _PARAMWISE = (
     'custom_keys',
     'bias_lr_mult',
@@ -40,7 +41,9 @@ def check_part(part: Part) -> Iterator[str]:
     if part.kind is None:
         kind = part.cfg.get('type')
         if 'type' not in part.cfg:
-            yield f'{part.key}: has no type; add one, such as {_example(part)}'
+            group, _, name = part.key.rpartition('.')
+            hint = nearest(name, _DEFAULT_HOOKS) if group == 'default_hooks' and name not in _DEFAULT_HOOKS else ''
+            yield f'{part.key}: has no type{hint or "; add one"}'
         elif not isinstance(kind, str):
             yield f'{part.type_key}: {kind!r} is no name of a class'
         elif find(part.registry, kind, 'mmseg') is not None and '.' not in kind:
@@ -58,11 +61,6 @@ def check_part(part: Part) -> Iterator[str]:
         hint = f'; mmseg 1.x has it in {_MOVED[name]}' if name in _MOVED else nearest(name, [*keys, *part.extra])
         kind = getattr(part.kind, '__name__', part.kind)
         yield f'{part.key}.{name}: {kind} has no such argument{hint or "; remove it"}'
-
-
-def _example(part: Part) -> str:
-    names = sorted(name for name in registered(part.registry) if not name.startswith('_'))
-    return f'type={names[0]!r}' if len(names) == 1 else "type='NAME'"
 
 
 def check_paramwise(config: Mapping) -> Iterator[str]:

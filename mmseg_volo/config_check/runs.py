@@ -102,7 +102,7 @@ def _listed(value: Any) -> list[str]:
 
 def _without_labels(dataset: Part, transforms: Sequence[Part]) -> bool:
     prefix = dataset.get('data_prefix')
-    if isinstance(prefix, Mapping) and 'seg_map_path' not in prefix:
+    if isinstance(prefix, Mapping) and prefix.get('seg_map_path') is None:
         return True
     pipeline = dataset.cfg.get('pipeline')
     if not pipeline or pipeline is NOTHING or not transforms:

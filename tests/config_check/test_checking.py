@@ -247,6 +247,10 @@ FAULTS = {
     'type': (dict(model__backbone__type='Volo'), r"model\.backbone\.type: 'Volo' is not registered"),
     'layer': (dict(model__backbone__norm_cfg__type='BatchNorm'), r"backbone\.norm_cfg\.type: 'BatchNorm' is not reg"),
     'no type': (dict(model__neck=dict(out_channels=3)), r'model\.neck: has no type'),
+    'name of a hook': (
+        dict(default_hooks__chekpoint=dict(interval=3)),
+        r"chekpoint: has no type; did you mean 'checkpoint'",
+    ),
     'type that is none': (dict(model__backbone__type=3), r'model\.backbone\.type: 3 is no name of a class'),
     'scope': (dict(default_scope='mmengine'), r"set default_scope = 'mmseg'"),
     'top level': (dict(train_dataloaders=dict()), r"^train_dataloaders: .*did you mean 'train_dataloader'"),
