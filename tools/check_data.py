@@ -23,7 +23,9 @@ from mmengine.registry import init_default_scope
 from prettytable import PrettyTable
 
 from mmseg_volo.cli import run_tool
-from mmseg_volo.datasets.checks.check import Finding, SplitReport, check_config
+from mmseg_volo.config_check import check_config
+from mmseg_volo.datasets.checks.check import Finding, SplitReport
+from mmseg_volo.datasets.checks.check import check_config as check_files
 from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.files import atomic_write
 
@@ -112,7 +114,8 @@ def main() -> int:
 
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.get('default_scope', 'mmseg'))
-    reports = check_config(config, args.split, args.workers)
+    check_config(config, 'data')
+    reports = check_files(config, args.split, args.workers)
     findings = [finding for report in reports for finding in report.findings]
     for report in reports:
         print(f'{report.split}: {report.files} images, {report.labels} labels read')

@@ -50,7 +50,7 @@ def main() -> None:
     save_predictions(config, args.out)
     if args.show_dir:
         save_overlays(config, args.show_dir)
-    build_runner(config).test()
+    build_runner(config, 'test').test()
 
 
 if __name__ == '__main__':

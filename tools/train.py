@@ -39,7 +39,7 @@ def main() -> None:
             config.load_from = args.resume
     if args.amp:
         use_amp(config)
-    build_runner(config).train()
+    build_runner(config, 'train').train()
 
 
 if __name__ == '__main__':

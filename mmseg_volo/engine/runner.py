@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from ..checkpoints.compatibility import Mode, check_checkpoint
 from ..checkpoints.reading import load_checkpoint
 from ..checkpoints.writing import save
+from ..config_check import building, check_config, settle
 from ..datasets.checks.check import build_checked, check_not_empty, quick_check
 from ..errors import USER_ERRORS, CheckpointError, ConfigError, ProcessLost, TrainingStopped
 from ..utils.unwrap import bare_model
@@ -78,7 +79,9 @@ class VOLORunner(Runner):
             for name in ('_train_dataloader', '_val_dataloader'):
                 loader = getattr(self, name)
                 if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
-                    setattr(self, name, dict(loader, dataset=build_checked(loader['dataset'], quick_check)))
+                    with building(self.cfg, f'{name[1:]}.dataset'):
+                        dataset = build_checked(loader['dataset'], quick_check)
+                    setattr(self, name, dict(loader, dataset=dataset))
             self._find_resume_point()
             return super().train()
         except TrainingStopped:
@@ -112,7 +115,7 @@ class VOLORunner(Runner):
         """As in mmengine; a run by epochs gets DefaultSampler in place of a sampler that never ends.
 
         Raises:
-            ConfigError: a run by epochs has a data loader that never ends.
+            ConfigError: a run by epochs has a data loader that never ends, or a constructor rejects its arguments.
         """
         loader = self._train_dataloader
         if isinstance(loop, dict) and isinstance(loader, dict) and _counts_epochs(loop):
@@ -126,7 +129,8 @@ class VOLORunner(Runner):
                     f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
                     'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
                 )
-        loop = super().build_train_loop(loop)
+        with building(self.cfg, 'train_cfg'):
+            loop = super().build_train_loop(loop)
         check_epochs_end(loop)
         return loop
 
@@ -142,6 +146,23 @@ class VOLORunner(Runner):
                 dataloader['worker_init_fn'] = dict(type=_init_worker, seed=seed, rank=get_rank())
                 dataloader.pop('disable_subprocess_warning', None)  # an option of mmengine's worker_init_fn only
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As in mmengine; what a constructor rejects is a ConfigError. So in the next methods."""
+        with building(self.cfg, 'val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        with building(self.cfg, 'test_cfg'):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper):
+        with building(self.cfg, 'optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler):
+        with building(self.cfg, 'param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
     def save_checkpoint(
         self,
@@ -366,13 +387,21 @@ def check_vis_backends(config: Config) -> None:
             )
 
 
-def build_runner(config: Config) -> Runner:
-    """Build the runner of ``config.runner_type``, by default mmengine's own.
+def build_runner(config: Config, task: Literal['train', 'test'] | None = None) -> Runner:
+    """Check a config and build the runner of ``config.runner_type``, by default mmengine's own.
+
+    Args:
+        config: changed where settings cannot hold beside others; see :func:`~mmseg_volo.config_check.settle`.
+        task: what the runner will do; see :func:`~mmseg_volo.config_check.check_config`.
 
     Raises:
-        ConfigError: see :func:`check_vis_backends`.
+        ConfigError: see :func:`~mmseg_volo.config_check.check_config` and :func:`check_vis_backends`; or a constructor
+            rejects its part of the config.
     """
+    settle(config)
+    check_config(config, task)
     check_vis_backends(config)
     if config.get('runner_type') != 'VOLORunner':
         config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='MatchingCheckpointHook')]
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    with building(config, 'config'):
+        return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

@@ -16,6 +16,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from ..checkpoints.compatibility import allows_mismatch, check_checkpoint, check_class_names, dataset_meta_of
 from ..checkpoints.reading import load_checkpoint
+from ..config_check import building, check_model
 from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
 from ..utils.devices import check_device
 from ..utils.unwrap import bare_dataset
@@ -46,18 +47,21 @@ def init_model(
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading` and
             :mod:`mmseg_volo.checkpoints.compatibility`.
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, or the model's part of the config has a fault; see
+            :func:`~mmseg_volo.config_check.check_model`.
     """
     device = device or get_device()
     check_device(device)
     config = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
     if cfg_options:
         config.merge_from_dict(cfg_options)
+    check_model(config, any_classes=allows_mismatch(config.get('model')))
     if is_onnx(checkpoint):
         config, checkpoint = with_onnx(config, checkpoint, device)[0], None
     if 'data_preprocessor' in config:  # for a model without its own, as in mmengine's Runner
         config.model.setdefault('data_preprocessor', config.data_preprocessor)
-    model = mmseg.apis.init_model(config, device='cpu')
+    with building(config, 'model'):
+        model = mmseg.apis.init_model(config, device='cpu')
     init_default_scope(config.get('default_scope', 'mmseg'))
     known, content = dataset_meta(config), None
     if isinstance(model.backbone, OnnxNetwork):  # has its own weights

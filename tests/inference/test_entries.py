@@ -372,7 +372,9 @@ def test_classes_come_from_the_config_or_are_numbered():
     assert dataset_meta(cfg) == dict(classes=['Road', 'Sky'], palette=[[128, 64, 128], [128, 128, 128]])
     cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=[cfg.test_dataloader.dataset])
     assert dataset_meta(cfg)['classes'] == ['Road', 'Sky']
-    meta = init_model(cfg).dataset_meta  # 11 outputs
+    with pytest.raises(ConfigError, match=r'decode_head\.num_classes: 11, but .* has 2 classes \(Road, Sky\)'):
+        init_model(cfg)
+    meta = init_model(cfg, cfg_options=dict(model=dict(test_cfg=dict(allow_mismatch=True)))).dataset_meta
     assert meta['classes'][10] == '10' and len(meta['palette']) == 11
     cfg.pop('test_dataloader')
     assert dataset_meta(cfg) == {} and len(init_model(cfg).dataset_meta['classes']) == 11
