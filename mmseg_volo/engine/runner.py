@@ -19,7 +19,7 @@ from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_ma
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import BaseLoop, CheckpointLoader, EpochBasedTrainLoop, Runner
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmseg.registry import DATA_SAMPLERS, LOOPS, RUNNERS
 from torch import nn
@@ -67,7 +67,7 @@ class VOLORunner(Runner):
             DataError: the quick part of ``tools/check_data.py`` found a fault.
             SaveError, TrainingStopped: see :mod:`mmseg_volo.engine.checkpoint_hook`.
             TrainingDiverged: see :mod:`mmseg_volo.engine.guards`.
-            ConfigError: another run trains in the work dir.
+            ConfigError: another run trains in the work dir, or a run by epochs has a data loader that never ends one.
         """
         watch = watch_over(self.cfg.get('watch_patience', 40))
         locks = ExitStack()
@@ -78,6 +78,7 @@ class VOLORunner(Runner):
                 loader = getattr(self, name)
                 if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
                     setattr(self, name, dict(loader, dataset=build_checked(loader['dataset'], quick_check)))
+            self._end_epochs()
             self._find_resume_point()
             return super().train()
         except TrainingStopped:
@@ -106,28 +107,6 @@ class VOLORunner(Runner):
         """As in mmengine; the checkpoint's weights are enough, even if the config says ``resume``."""
         self._resume = self._resume and self._load_from is None
         return super().test()
-
-    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """As in mmengine; a run by epochs gets DefaultSampler in place of a sampler that never ends.
-
-        Raises:
-            ConfigError: a run by epochs has a data loader that never ends.
-        """
-        loader = self._train_dataloader
-        if isinstance(loop, dict) and isinstance(loader, dict) and _counts_epochs(loop):
-            sampler = loader.get('sampler')
-            kind = sampler.get('type') if isinstance(sampler, dict) else None
-            kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
-            if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
-                # All other arguments are the same.
-                self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))
-                self.logger.info(
-                    f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
-                    'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
-                )
-        loop = super().build_train_loop(loop)
-        check_epochs_end(loop)
-        return loop
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
@@ -223,6 +202,24 @@ class VOLORunner(Runner):
             if isinstance(self.model, VOLOFullyShardedDataParallel):
                 checkpoint['optimizer'] = shard_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
         return checkpoint
+
+    def _end_epochs(self) -> None:
+        """Give a run by epochs a DefaultSampler in place of a sampler that never ends, which base configs have."""
+        loop, loader = self._train_loop, self._train_dataloader
+        if not isinstance(loop, dict) or not _counts_epochs(loop):
+            return
+        if isinstance(loader, DataLoader):
+            check_epochs_end(loader)
+            return
+        sampler = loader.get('sampler')
+        kind = sampler.get('type') if isinstance(sampler, dict) else None
+        kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
+            self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))  # same arguments
+            self.logger.info(
+                f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
+                'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
+            )
 
     def _find_resume_point(self) -> None:
         if not self._resume:
