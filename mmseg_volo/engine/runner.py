@@ -74,11 +74,11 @@ class VOLORunner(Runner):
         try:
             self._mode = 'train'
             self._on_rank_0(lambda: self._lock_folders(locks))
+            self._end_epochs()
             for name in ('_train_dataloader', '_val_dataloader'):
                 loader = getattr(self, name)
                 if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
                     setattr(self, name, dict(loader, dataset=build_checked(loader['dataset'], quick_check)))
-            self._end_epochs()
             self._find_resume_point()
             return super().train()
         except TrainingStopped:
