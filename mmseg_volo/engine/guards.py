@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class MatchingCheckpointHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Raise ConfigError for epochs that never end."""
-        check_epochs_end(runner.train_loop)
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            check_epochs_end(runner.train_dataloader)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the content of the file.

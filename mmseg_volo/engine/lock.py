@@ -29,7 +29,8 @@ class FolderLock:
 
     The operating system holds the lock on the file ``.training.lock``, and releases it when this process ends, however
     it ends. So a file that is left behind locks nothing. Child processes, such as data loader workers, do not inherit
-    the lock. Where the file system has no locks, a warning is logged and the folder is not locked.
+    the lock. Where the file system has no locks, a warning is logged and the folder is not locked. POSIX drops a lock
+    when its process opens and closes the file a second time, so nothing else in this package opens it.
 
     Args:
         folder: created where it is missing.

@@ -19,7 +19,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from mmseg.registry import DATA_SAMPLERS, LOOPS
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError
 
@@ -118,11 +118,8 @@ class ResumableTrainLoop(IterBasedTrainLoop):
         super().run_iter(data_batch)
 
 
-def check_epochs_end(loop: BaseLoop) -> None:
-    """Raise ConfigError if a loop counts epochs, and its data loader never ends one."""
-    if not isinstance(loop, EpochBasedTrainLoop):
-        return
-    loader = loop.dataloader
+def check_epochs_end(loader: DataLoader) -> None:
+    """Raise ConfigError if the data loader of a run by epochs never ends one."""
     for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
         if isinstance(sampler, InfiniteSampler):
             raise ConfigError(

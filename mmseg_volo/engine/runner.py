@@ -69,13 +69,14 @@ class VOLORunner(Runner):
             DataError: the quick part of ``tools/check_data.py`` found a fault.
             SaveError, TrainingStopped: see :mod:`mmseg_volo.engine.checkpoint_hook`.
             TrainingDiverged: see :mod:`mmseg_volo.engine.guards`.
-            ConfigError: another run trains in the work dir.
+            ConfigError: another run trains in the work dir, or a run by epochs has a data loader that never ends one.
         """
         watch = watch_over(self.cfg.get('watch_patience', 40))
         locks = ExitStack()
         try:
             self._mode = 'train'
             self._on_rank_0(lambda: self._lock_folders(locks))
+            self._end_epochs()
             for name in ('_train_dataloader', '_val_dataloader'):
                 loader = getattr(self, name)
                 if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
@@ -111,29 +112,6 @@ class VOLORunner(Runner):
         self._resume = self._resume and self._load_from is None
         return super().test()
 
-    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """As in mmengine; a run by epochs gets DefaultSampler in place of a sampler that never ends.
-
-        Raises:
-            ConfigError: a run by epochs has a data loader that never ends, or a constructor rejects its arguments.
-        """
-        loader = self._train_dataloader
-        if isinstance(loop, dict) and isinstance(loader, dict) and _counts_epochs(loop):
-            sampler = loader.get('sampler')
-            kind = sampler.get('type') if isinstance(sampler, dict) else None
-            kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
-            if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
-                # All other arguments are the same.
-                self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))
-                self.logger.info(
-                    f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
-                    'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
-                )
-        with building(self.cfg, 'train_cfg'):
-            loop = super().build_train_loop(loop)
-        check_epochs_end(loop)
-        return loop
-
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
         """As in mmengine; augmentation uses the seeds of a :class:`~mmseg_volo.engine.loop.ResumableSampler`."""
@@ -147,8 +125,12 @@ class VOLORunner(Runner):
                 dataloader.pop('disable_subprocess_warning', None)  # an option of mmengine's worker_init_fn only
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
 
-    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         """As in mmengine; what a constructor rejects is a ConfigError. So in the next methods."""
+        with building(self.cfg, 'train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
         with building(self.cfg, 'val_cfg'):
             return super().build_val_loop(loop)
 
@@ -246,6 +228,24 @@ class VOLORunner(Runner):
             if isinstance(self.model, VOLOFullyShardedDataParallel):
                 checkpoint['optimizer'] = shard_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
         return checkpoint
+
+    def _end_epochs(self) -> None:
+        """Give a run by epochs a DefaultSampler in place of a sampler that never ends, which base configs have."""
+        loop, loader = self._train_loop, self._train_dataloader
+        if not isinstance(loop, dict) or not _counts_epochs(loop):
+            return
+        if isinstance(loader, DataLoader):
+            check_epochs_end(loader)
+            return
+        sampler = loader.get('sampler')
+        kind = sampler.get('type') if isinstance(sampler, dict) else None
+        kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
+            self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))  # same arguments
+            self.logger.info(
+                f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
+                'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
+            )
 
     def _find_resume_point(self) -> None:
         if not self._resume:

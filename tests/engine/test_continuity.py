@@ -120,6 +120,16 @@ def test_accepted_with_a_warning_of_what_differs(before, now, told, caplog):
     assert told in caplog.text and bool(told) == bool(caplog.records)
 
 
+def test_the_state_of_a_loss_scaler_is_no_obstacle():
+    """As after a run with AmpOptimWrapper, which needs a GPU, resumed without --amp."""
+    content = saved(run())
+    content['optimizer']['loss_scaler'] = dict(scale=65536.0)
+    check_continuity(run(), content, 'old.pth')
+    now = wrapper()
+    now.load_state_dict(content['optimizer'])
+    now.step()
+
+
 def test_training_ends_before_any_step(tmp_path):
     toy_run(tmp_path).train()
     (tmp_path / 'iter_8.pth').unlink()
