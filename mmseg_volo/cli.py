@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -58,8 +59,11 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
 def run_tool(main: Callable[[], int | None]) -> None:
     """Run a command-line tool. An error that the user can fix ends it with one line and status 1, without a traceback.
 
-    If a signal stopped training after a save, the status is ``TrainingStopped.exit_code``.
+    If a signal stopped training after a save, the status is ``TrainingStopped.exit_code``. Ctrl-C raises
+    KeyboardInterrupt in ``main`` (before that, the tools end at once); if it is not handled there, the status is 130.
     """
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault('LOCAL_RANK', '0')
     process = f' (process {os.environ["RANK"]})' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
     try:
@@ -69,6 +73,8 @@ def run_tool(main: Callable[[], int | None]) -> None:
         if os.environ.get(STOPPED_NOTE):
             Path(os.environ[STOPPED_NOTE]).touch()
         _leave(TrainingStopped.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + signal.SIGINT)
     except USER_ERRORS as error:
         sys.exit(f'error{process}: {error}')
 

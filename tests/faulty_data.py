@@ -1,5 +1,6 @@
 """A small data set of random images and labels, and more than forty ways to spoil it."""
 
+import io
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 CLASSES = ('road', 'sky', 'tree', 'car')
 HEIGHT, WIDTH = 24, 40
@@ -70,6 +72,25 @@ def exif(orientation: int) -> Image.Exif:
     tags = Image.Exif()
     tags[0x0112] = orientation
     return tags
+
+
+def tiff(array: np.ndarray) -> bytes:
+    """An image (H, W, bands) as a TIFF with a tag of GeoTIFF. PIL and OpenCV write at most four bands."""
+    bands = array.shape[2]
+    tags = ImageFileDirectory_v2()
+    tags[256], tags[257] = array.shape[1::-1]
+    tags[258], tags[339] = (8 * array.itemsize,) * bands, ({'u': 1, 'i': 2, 'f': 3}[array.dtype.kind],) * bands
+    tags[259], tags[262], tags[277], tags[278], tags[284] = 1, 2, bands, len(array), 1
+    tags[273], tags[279] = 0, array.nbytes  # PIL adds the end of the tags to the offset of the pixels
+    tags[338] = (0,) * (bands - 3)
+    tags.tagtype[33550], tags[33550] = 12, (1.0, 1.0, 0.0)
+    file = io.BytesIO()
+    tags.save(file)
+    return file.getvalue() + array.tobytes()
+
+
+def bands(count: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 200, (HEIGHT, WIDTH, count)).astype(dtype)
 
 
 class Fault(NamedTuple):
@@ -175,6 +196,10 @@ def _text(path: str, text: str) -> Callable[[Path], int]:
     return lambda root: (root / path).write_text(text)
 
 
+def _bytes(path: str, content: bytes) -> Callable[[Path], int]:
+    return lambda root: (root / path).write_bytes(content)
+
+
 def _nothing(root: Path) -> None:
     pass
 
@@ -232,6 +257,24 @@ FAULTS = {
         quick=False,
     ),
     'val is train': Fault(_validate_on_train, 'images/val/0.png', 'duplicate', quick=False),
+    'label that ends in .PNG': Fault(
+        lambda root: (root / LABEL).rename((root / LABEL).with_suffix('.PNG')), LABEL, 'missing label'
+    ),
+    'label in another case': Fault(
+        lambda root: [
+            (root / k / 'train/3.png').rename(root / k / f'train/{n}.png')
+            for k, n in (('images', 'A'), ('labels', 'a'))
+        ],
+        'labels/train/A.png',
+        'missing label',
+    ),
+    'image of six bands': Fault(_bytes(IMAGE, tiff(bands(6))), IMAGE, BAD_IMAGE),
+    'image of float values': Fault(_bytes(IMAGE, tiff(bands(3, np.float32))), IMAGE, BAD_IMAGE),
+    "macOS's notes in place of an image": Fault(_bytes(IMAGE, b'\0\5\x16\7\0\2\0\0Mac OS X'), IMAGE, BAD_IMAGE),
+    "macOS's notes in place of a label": Fault(_bytes(LABEL, b'\0\5\x16\7\0\2\0\0Mac OS X'), LABEL, BAD_LABEL),
+    'link to the folder itself': Fault(
+        lambda root: (root / 'images/train/again').symlink_to(root / 'images/train'), 'images/train/again', 'folder'
+    ),
     'unreadable for permissions': Fault(_forbid_reading, LABEL, BAD_LABEL),
 }
 for _percent in (1, 25, 50, 90, 99):

@@ -50,9 +50,8 @@ def checkpoint(step: int = 10) -> dict:
     model(torch.randn(8, 40)).sum().backward()
     optimizer.step()
     meta = dict(epoch=0, iter=step, saved_at=float(step), sealed_by='mmseg_volo', cfg='a = 1\n')
-    return dict(
-        meta=meta, state_dict=model.state_dict(), optimizer=optimizer.state_dict(), message_hub=dict(runtime_info={})
-    )
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    return dict(meta=meta, state_dict=model.state_dict(), optimizer=optimizer.state_dict(), message_hub=hub)
 
 
 def write_config(folder: Path, data: Path | None = None, more: str = '') -> Path:

@@ -6,12 +6,17 @@ given time.
 """
 
 import argparse
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import product
 from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmengine.device import get_device
 

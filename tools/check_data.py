@@ -7,10 +7,15 @@ two splits share. Prints and plots how often each class occurs. The exit status 
 import argparse
 import csv
 import json
+import os
+import signal
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 from mmengine.config import DictAction
@@ -18,7 +23,9 @@ from mmengine.registry import init_default_scope
 from prettytable import PrettyTable
 
 from mmseg_volo.cli import run_tool
-from mmseg_volo.datasets.checks.check import Finding, SplitReport, check_config
+from mmseg_volo.config_check import check_config
+from mmseg_volo.datasets.checks.check import Finding, SplitReport
+from mmseg_volo.datasets.checks.check import check_config as check_files
 from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.files import atomic_write
 
@@ -107,7 +114,8 @@ def main() -> int:
 
     config = load_config(args.config, args.cfg_options)
     init_default_scope(config.get('default_scope', 'mmseg'))
-    reports = check_config(config, args.split, args.workers)
+    check_config(config, 'data')
+    reports = check_files(config, args.split, args.workers)
     findings = [finding for report in reports for finding in report.findings]
     for report in reports:
         print(f'{report.split}: {report.files} images, {report.labels} labels read')

@@ -1,8 +1,14 @@
 """Print parameters and multiply-adds of VOLO-D1...D5 beside the paper's: tools/complexity.py [--size 224]."""
 
 import argparse
+import os
+import signal
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.benchmark.complexity import table
+from mmseg_volo.cli import run_tool
 
 
 def main() -> None:
@@ -16,4 +22,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_tool(main)

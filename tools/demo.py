@@ -1,9 +1,13 @@
 """Try a model in the browser: tools/demo.py CONFIG CHECKPOINT [--port 7860] [--host 127.0.0.1]."""
 
 import argparse
+import os
 import signal
 import time
 from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmengine.device import get_device
 

@@ -1,6 +1,11 @@
 """Export a model: tools/export.py CONFIG CHECKPOINT --format onnx|pt2 --out FILE [--size H W | --dynamic]."""
 
 import argparse
+import os
+import signal
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import run_tool
 from mmseg_volo.export.exporting import export_model

@@ -1,8 +1,12 @@
 """Predict images and videos: tools/predict.py CONFIG CHECKPOINT FILE_FOLDER_OR_GLOB --out DIR [--overlay]."""
 
 import argparse
+import os
 import signal
 import sys
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import add_inference_arguments, run_tool
 from mmseg_volo.inference.files import Recipe, predict_files

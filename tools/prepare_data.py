@@ -5,7 +5,12 @@ data/cityscapes, data/ade or data/camvid.
 """
 
 import argparse
+import os
+import signal
 import sys
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import run_tool
 from mmseg_volo.datasets.prepare import prepare_ade20k, prepare_camvid, prepare_cityscapes

@@ -1,7 +1,12 @@
 """Publish a checkpoint as a folder: tools/publish.py CHECKPOINT OUT [--license apache-2.0] [--config CONFIG]."""
 
 import argparse
+import os
+import signal
 import sys
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import run_tool
 from mmseg_volo.publish.publish import publish

@@ -1,11 +1,17 @@
 """Test a checkpoint: tools/test.py configs/volo_d1_cityscapes.py CHECKPOINT [--aug-test] [--show-dir DIR]."""
 
 import argparse
+import os
+import signal
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmengine.device import get_device
 
 from mmseg_volo.cli import add_common_arguments, add_inference_arguments, run_tool
 from mmseg_volo.engine.runner import build_runner
+from mmseg_volo.evaluation.prediction_files import leave_out_labels, save_overlays, save_predictions
 from mmseg_volo.inference.model import exported_config
 from mmseg_volo.inference.options import set_inference_options, use_tta
 from mmseg_volo.models.onnx import is_onnx
@@ -17,7 +23,7 @@ def main() -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file, or an ONNX file of tools/export.py')
     parser.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
-    parser.add_argument('--out', metavar='DIR', help='save predictions as PNG files of class ids')
+    parser.add_argument('--out', metavar='DIR', help='save predictions as PNG files of class ids (8 or 16 bits)')
     parser.add_argument('--show-dir', metavar='DIR', help='save overlays: ground truth left, prediction right')
     add_inference_arguments(parser)
     add_common_arguments(parser)
@@ -40,13 +46,11 @@ def main() -> None:
     )
     if args.aug_test:
         use_tta(config)
-    if args.out:
-        evaluator = config.test_evaluator
-        (evaluator[0] if isinstance(evaluator, list) else evaluator).output_dir = args.out
+    leave_out_labels(config)
+    save_predictions(config, args.out)
     if args.show_dir:
-        config.default_hooks.visualization.update(draw=True, interval=1)
-        config.visualizer.save_dir = args.show_dir
-    build_runner(config).test()
+        save_overlays(config, args.show_dir)
+    build_runner(config, 'test').test()
 
 
 if __name__ == '__main__':

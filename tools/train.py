@@ -1,6 +1,11 @@
 """Train a segmentor: tools/train.py configs/volo_d1_cityscapes.py [--amp] [--resume [CHECKPOINT]]."""
 
 import argparse
+import os
+import signal
+
+if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ctrl-C ends the tool without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import add_common_arguments, run_tool
 from mmseg_volo.engine.optim import use_amp
@@ -16,7 +21,8 @@ def main() -> None:
         nargs='?',
         const=True,
         metavar='CHECKPOINT',
-        help='continue a run from this file; default: from the newest complete checkpoint in the work dir',
+        help='continue a run from this file, or from the newest complete checkpoint of this work dir; default: '
+        'of --work-dir',
     )
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU without bfloat16'
@@ -33,7 +39,7 @@ def main() -> None:
             config.load_from = args.resume
     if args.amp:
         use_amp(config)
-    build_runner(config).train()
+    build_runner(config, 'train').train()
 
 
 if __name__ == '__main__':

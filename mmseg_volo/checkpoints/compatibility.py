@@ -9,6 +9,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from ..errors import CheckpointError
+from .content import weights_in
 
 Mode = Literal['train', 'resume', 'infer']
 _REMEDY = (
@@ -59,7 +60,7 @@ def check_checkpoint(model: nn.Module, content: dict, mode: Mode, classes: Seque
 
     Args:
         model: the segmentor, without wrappers.
-        content: the content of a file, from :mod:`mmseg_volo.checkpoints.reading`.
+        content: the content of a file, from :func:`~mmseg_volo.checkpoints.content.as_checkpoint`.
         mode: 'infer' rejects every difference, except in the auxiliary head, unless ``test_cfg.allow_mismatch`` is
             true. 'train' loads what fits and logs the rest, since fine-tuning changes the classes. 'resume' rejects
             every difference.
@@ -69,19 +70,19 @@ def check_checkpoint(model: nn.Module, content: dict, mode: Mode, classes: Seque
         CheckpointError: weights are missing, unexpected or of other shape, or the class names differ.
     """
     source = source_of(content['state_dict'])
-    if content['state_dict'] or 'exported' not in content['meta']:  # an exported file runs its own weights
-        check_weights(model, content['state_dict'], mode)
+    check_weights(model, content['state_dict'], mode)
     given = dataset_meta_of(content).get('classes')
     if mode == 'infer' and given and classes and not allows_mismatch(model):
         check_class_names(given, classes, source)
     _notes_of(content['state_dict']).pop('source', None)  # the segmentor need not check it again on loading
 
 
-def check_weights(segmentor: nn.Module, state: Mapping[str, torch.Tensor], mode: Mode) -> None:
+def check_weights(segmentor: nn.Module, state: dict[str, torch.Tensor], mode: Mode) -> None:
     """Reject or log weights that do not fit ``segmentor``; see :func:`check_checkpoint`.
 
     Only state dicts read from a file carry ``source``; others are not checked. In 'infer' mode the auxiliary head is
-    not compared, because only training uses it.
+    not compared, because only training uses it. Where mmengine takes the whole dict of a file for its weights,
+    ``state`` is reduced to these.
 
     Raises:
         CheckpointError: weights are missing, unexpected or of other shape.
@@ -89,7 +90,12 @@ def check_weights(segmentor: nn.Module, state: Mapping[str, torch.Tensor], mode:
     source = _notes_of(state).get('source')
     if source is None:
         return
-    found = compare(segmentor.state_dict(), state, ignore='auxiliary_head.' if mode == 'infer' else '\0')
+    own = segmentor.state_dict()
+    weights = weights_in(state, own)
+    if weights.keys() != state.keys():
+        state.clear()
+        state.update(weights)
+    found = compare(own, state, ignore='auxiliary_head.' if mode == 'infer' else '\0')
     if not found:
         return
     if mode == 'train' or (mode == 'infer' and allows_mismatch(segmentor)):
@@ -149,7 +155,9 @@ def check_class_names(given: Sequence[str], expected: Sequence[str], source: str
 
 
 def fits(name: str, given: torch.Tensor, own: torch.Tensor) -> bool:
-    """Whether a tensor can replace another: the shapes are equal, or differ only in the grid of a ``pos_embed``."""
+    """Whether an ordinary tensor can replace another: same shape, or another grid of a ``pos_embed``."""
+    if given.layout is not torch.strided or given.is_quantized or given.is_meta:
+        return False
     if name.rpartition('.')[2] == 'pos_embed' and given.dim() == own.dim() == 4:
         return given.shape[-1] == own.shape[-1]
     return given.shape == own.shape

@@ -10,13 +10,16 @@ def literals(text: str) -> dict:
     Raises:
         SyntaxError, TypeError, ValueError: the text holds anything but assignments of plain data.
     """
-    out = {}
-    for statement in ast.parse(text).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        if len(targets) != 1 or not isinstance(targets[0], ast.Name):
-            raise ValueError(f'line {statement.lineno} is not an assignment')
-        out[targets[0].id] = _value(statement.value)
-    return out
+    try:
+        out = {}
+        for statement in ast.parse(text).body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else []
+            if len(targets) != 1 or not isinstance(targets[0], ast.Name):
+                raise ValueError(f'line {statement.lineno} is not an assignment')
+            out[targets[0].id] = _value(statement.value)
+        return out
+    except (RecursionError, MemoryError) as error:
+        raise ValueError('it is nested too deeply') from error
 
 
 def _value(node: ast.expr) -> object:

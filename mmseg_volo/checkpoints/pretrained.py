@@ -2,42 +2,50 @@
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner import CheckpointLoader
 from torch import nn
 
 from ..errors import CheckpointError
 from .compatibility import fits, listed
+from .content import WEIGHT_KEYS
+from .reading import load
 
 # Weights of the ImageNet classifier alone; all others in a file must fit the backbone.
 CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
 # Where a file may hold its weights. The exponential moving average comes first, as in timm.
-STATE_KEYS = ('state_dict_ema', 'state_dict')
+STATE_KEYS = tuple(sorted(WEIGHT_KEYS, key='state_dict_ema'.__ne__))
 
 
-def volo_state_dict(content: dict, source: str) -> dict[str, torch.Tensor]:
+def volo_state_dict(content: dict, source: str, prefix: str | None = None) -> dict[str, torch.Tensor]:
     """Find the weights of a VOLO in the content of a file, under their official names.
 
     Args:
         content: the file's dict: ``state_dict_ema``, ``state_dict`` or bare weights, of a classifier or a segmentor.
         source: the file's name, for error messages.
+        prefix: see :func:`load_backbone`.
 
     Returns:
-        Name to tensor, without the prefix ``module.`` (data parallel) or ``backbone.`` (segmentor).
+        Name to tensor, without the prefix ``module.`` (data parallel) and the one of the backbone.
 
     Raises:
         CheckpointError: the content has no weights, or not those of a VOLO.
     """
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{source}: expected a dict of weights, found {type(content).__name__}')
     key = next((key for key in STATE_KEYS if isinstance(content.get(key), dict)), None)
     state = content[key] if key else content
     state = {str(name).removeprefix('module.'): value for name, value in state.items()}
-    if any(name.startswith('backbone.') for name in state):
-        state = {name.removeprefix('backbone.'): v for name, v in state.items() if name.startswith('backbone.')}
+    start = f'{(prefix or "backbone").removesuffix(".")}.'
+    if prefix or any(name.startswith(start) for name in state):
+        found = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+        if not found:
+            raise CheckpointError(f'{source}: no name begins with {start}, the prefix in init_cfg')
+        state = found
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not {'patch_embed.conv.0.weight', 'network.0.0.attn.attn.weight'} <= tensors.keys():
-        found = ', '.join(list(map(str, state))[:4]) or 'nothing'
+        names = ', '.join(list(map(str, state))[:4]) or 'nothing'
         raise CheckpointError(
             f'{source}: expected the weights of a VOLO (patch_embed.conv.0.weight, network.0.0.attn.attn.weight, ...), '
-            f'found {found}, ...'
+            f'found {names}, ...'
         )
     return tensors
 
@@ -60,7 +68,7 @@ def describe(state: dict[str, torch.Tensor], archs: dict[str, dict]) -> str:
     return f'a VOLO with {numbers}'
 
 
-def load_backbone(backbone: nn.Module, source: str) -> None:
+def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -> None:
     """Load pretrained weights into a :class:`~mmseg_volo.models.volo.VOLO`.
 
     Weights of the classifier, and of stages and norms that ``backbone`` was built without, are skipped. The LayerNorms
@@ -70,12 +78,13 @@ def load_backbone(backbone: nn.Module, source: str) -> None:
     Args:
         backbone: the VOLO that takes the weights.
         source: a path, a URL or ``timm://MODEL.TAG``.
+        prefix: what the names of the backbone's weights begin with in the file; by default ``backbone.`` or nothing.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: the file is broken or unsafe, or holds no VOLO or another variant. The backbone is unchanged.
     """
-    state = volo_state_dict(CheckpointLoader.load_checkpoint(source, map_location='cpu', logger='current'), source)
+    state = volo_state_dict(load(source), source, prefix)
     own, archs = backbone.state_dict(), backbone.arch_settings
     classifier = [name for name in state if name.startswith(CLASSIFIER)]
     # A backbone with fewer stages, or without output norms, does not need these.

@@ -6,12 +6,9 @@ rejects a file that holds anything but tensors and plain data. mmengine itself w
 """
 
 import difflib
-import json
-import logging
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +18,7 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import get_file_backend
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import (
     CheckpointLoader,
     get_deprecated_model_names,
@@ -32,42 +29,67 @@ from mmengine.runner import (
 from mmengine.runner.checkpoint import _get_mmengine_home
 
 from ..errors import CheckpointError
-from .config_text import literals, strings
-from .writing import seal_holds
+from .content import as_checkpoint, as_read, meta_of_texts, with_source
+from .structure import check_structure
+from .writing import is_sealed, seal_holds
 
-# mmengine loads the weights under the first key; files of other trainers have them under the others.
-_WEIGHT_KEYS = ('state_dict', 'model', 'state_dict_ema')
 TIMM_NAMES = (
     'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, '
     'volo_d5_224, volo_d5_448, volo_d5_512'
 )
 MapLocation = str | torch.device | Callable | None
 _BROKEN = 'the file is cut off or is no checkpoint; copy or download it again'
+_LARGEST_HEADER = 2**24  # bytes, of a .safetensors file
+_UNPACKED = 4  # times the size of a compressed file
 # Parts of torch's error messages for a file that holds something other than data.
 _UNSAFE = re.compile(r'GLOBAL|[Uu]nsupported class|unrecognized function|Can only (build|create)')
 
 
-def _history_getattr(owner: type, name: str):
-    """Replace the getattr that mmengine's log histories pickle; allow only their own statistics."""
-    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
-        return getattr(owner, name)
+class _History(HistoryBuffer):
+    """Stands for mmengine's HistoryBuffer in a file, whose own ``__setstate__`` changes all buffers of the process."""
+
+    def __setstate__(self, state: dict) -> None:
+        log, count = state['_log_history'], state['_count_history']
+        if not all(isinstance(one, np.ndarray) and one.ndim == 1 for one in (log, count)) or len(log) != len(count):
+            raise pickle.UnpicklingError('a log history that is none')
+        self._set_default_statistics()
+        self.__dict__.update(max_length=int(state['max_length']), _log_history=log, _count_history=count)
+        self.__class__ = HistoryBuffer
+
+
+def _history_getattr(owner: type, name: str) -> str:
+    """Replace the getattr that mmengine's log histories pickle for their statistics, which are not read."""
+    if owner is _History and isinstance(name, str) and not name.startswith('_'):
+        return name
     raise pickle.UnpicklingError(f'GLOBAL getattr was asked for {name} of {owner}')
+
+
+def _no_bytes() -> bytes:
+    """Replace the ``bytes`` that an empty array is pickled with; with an argument it could fill the memory."""
+    return b''
 
 
 def _safe_globals() -> list:
     """Types that mmengine's checkpoints hold besides tensors: log histories and NumPy numbers. None runs code."""
     multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    kinds = {type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1')}
+    kinds = {
+        type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1', 'U1')
+    }
     functions = (multiarray.scalar, multiarray._reconstruct)
     # NumPy 1 and 2 give these two functions different names; allow both, to read files of either version.
     old_names = [(function, f'numpy.core.multiarray.{function.__name__}') for function in functions]
     new_names = [(function, f'numpy._core.multiarray.{function.__name__}') for function in functions]
-    history = [HistoryBuffer, (_history_getattr, 'builtins.getattr')]
+    # torch looks for the name in the file, and for the type of an object that it completes.
+    buffer = f'{HistoryBuffer.__module__}.{HistoryBuffer.__name__}'
+    history = [(_History, buffer), (_history_getattr, 'builtins.getattr'), (_no_bytes, 'builtins.bytes')]
+    # The statistics that this process has registered, by name: they are not read, but stand in the file.
+    own = {f'{m.__module__}.{m.__qualname__}' for m in HistoryBuffer._statistics_methods.values()}
+    history += [(_no_bytes, name) for name in own if not name.startswith(buffer)]
     return [np.ndarray, np.dtype, slice, *kinds, *old_names, *new_names, *history]
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
-def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
+def load_from_local(filename: str, map_location: MapLocation = None):
     """Read a ``.pth``, ``.pth.tar`` or ``.safetensors`` file.
 
     Args:
@@ -75,12 +97,12 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
         map_location: device of the tensors, as in :func:`torch.load`.
 
     Returns:
-        The file's dict, always with ``meta`` and with the weights under ``state_dict``, even if the file has them
-        elsewhere.
+        What the file holds, made safe by :func:`~mmseg_volo.checkpoints.content.as_read`. The bare weights of a
+        ``.safetensors`` file are a dict, those of ``tools/publish.py`` a checkpoint with ``meta``.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: the file is broken, holds objects that would run code, or holds no weights.
+        CheckpointError: the file is broken or holds objects that would run code.
     """
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -90,90 +112,40 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> dict:
         content = _read_safetensors(path, map_location)
     else:
         content = _read_torch(path, map_location)
-    return _normalize(content, str(path))
+    return as_read(content, str(path))
 
 
-def _normalize(content: object, source: str) -> dict:
-    """Arrange the content as mmengine expects it: weights under ``state_dict``, and a dict under ``meta``."""
-    if not isinstance(content, dict):
-        raise CheckpointError(f'{source}: expected a dict of weights, found {type(content).__name__}')
-    key = next((key for key in _WEIGHT_KEYS if isinstance(content.get(key), dict)), None)
-    if key is None:
-        weights = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-        if not weights:
-            found = ', '.join(list(map(str, content))[:4]) or 'nothing'
-            raise CheckpointError(
-                f'{source}: no weights found; expected a dict of tensors, bare or under state_dict or model, found '
-                f'{found}'
-            )
-        content, state = {}, OrderedDict(weights)
-    else:
-        state = content[key]
-    meta = content.get('meta')
-    content = {**content, 'state_dict': _with_source(state, source), 'meta': meta if isinstance(meta, dict) else {}}
-    return _without_code(content, source)
+def load(source: str | Path, map_location: MapLocation = 'cpu'):
+    """Read a file or URL of any scheme, as mmengine does."""
+    return CheckpointLoader.load_checkpoint(str(source), map_location, 'current')
 
 
-def _with_source(state: dict, source: str) -> OrderedDict:
-    """Add the file's name to the metadata of a state dict, which modules receive when they load it."""
-    known = getattr(state, '_metadata', None)
-    known = known if isinstance(known, dict) else {}
-    out = OrderedDict((str(name), value) for name, value in state.items())
-    out._metadata = OrderedDict(known)
-    out._metadata[''] = {**(known.get('') or {}), 'source': source}
-    return out
+def load_checkpoint(source: str | Path, map_location: MapLocation = 'cpu') -> dict:
+    """Read a file or URL of any scheme as a checkpoint of OpenMMLab, with ``state_dict`` and ``meta``.
 
-
-def _without_code(content: dict, source: str) -> dict:
-    """Remove a config text that is more than data, because mmengine runs the config text of a checkpoint."""
-    # No version of mmengine writes meta.config, but all of them run it on resume.
-    content['meta'] = {name: value for name, value in content['meta'].items() if name != 'config'}
-    hub = content.get('message_hub')
-    info = hub.get('runtime_info') if isinstance(hub, dict) else None
-    for holder in (content['meta'], info):
-        if isinstance(holder, dict) and 'cfg' in holder and not _is_plain(holder['cfg']):
-            del holder['cfg']
-            print_log(f'{source}: its config text is left out, because it holds code', 'current', logging.WARNING)
-    return content
-
-
-def _is_plain(text: object) -> bool:
-    """Whether a config text is plain assignments, as mmengine writes them, without bases and dotted types."""
-    try:
-        config = literals(text)
-    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
-        return False
-    # mmengine would run a base file, and import and call a type with a dotted name.
-    return '_base_' not in config and not any(key == 'type' and '.' in value for key, value in strings(config))
+    Raises:
+        CheckpointError, FileNotFoundError: as :func:`load_from_local` and
+            :func:`~mmseg_volo.checkpoints.content.as_checkpoint`.
+    """
+    return as_checkpoint(load(source, map_location), str(source))
 
 
 def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
     from safetensors import SafetensorError, safe_open
 
     device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    with path.open('rb') as file:
+        header = int.from_bytes(file.read(8), 'little')
+    if _LARGEST_HEADER < header < path.stat().st_size:  # safetensors would read it for a minute
+        raise CheckpointError(f'{path}: refused, because its header has {header / 2**20:.0f} MiB')
     try:
         with safe_open(path, 'pt', device=str(device)) as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return dict(state_dict=weights, meta=_meta_of_texts(file.metadata() or {})) if weights else {}
+            meta = meta_of_texts(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
-
-
-def _meta_of_texts(texts: Mapping[str, str]) -> dict:
-    """Turn the texts that tools/publish.py stores in a .safetensors file into the ``meta`` of a .pth file."""
-    meta, info = {}, {}
-    for name in ('classes', 'palette'):
-        try:
-            value = json.loads(texts.get(name) or 'null')
-        except ValueError:  # another tool's text under the same name
-            continue
-        if isinstance(value, list):
-            info[name] = value
-    if info.get('classes'):
-        meta['dataset_meta'] = info
-    if 'config' in texts:
-        meta['cfg'] = texts['config']
-    return meta
+    check_structure(meta, str(path), path.stat().st_size)
+    return dict(state_dict=weights, meta=meta) if meta else weights
 
 
 def read_meta(path: Path) -> dict:
@@ -188,16 +160,18 @@ def read_meta(path: Path) -> dict:
 
 
 def _read_torch(path: Path, map_location: MapLocation):
-    sealed = _check_bytes(path)
+    size = _check_bytes(path)
     content = _parse(path, map_location)
+    check_structure(content, str(path), size)
     meta = content.get('meta') if isinstance(content, dict) else None
-    if not sealed and isinstance(meta, dict) and 'sealed_by' in meta:
-        raise CheckpointError(f'{path}: {_BROKEN} (its seal is missing)')
+    if isinstance(meta, dict) and 'sealed_by' in meta and is_sealed(path) is None:
+        raise CheckpointError(f'{path}: {_BROKEN} (its seal is missing or broken)')
     return content
 
 
-def _check_bytes(path: Path) -> bool:
-    """Return whether the file has a valid seal; raise CheckpointError if its seal or checksums do not match."""
+def _check_bytes(path: Path) -> int:
+    """Return the file's size after decompression; raise CheckpointError if its seal or checksums do not match."""
+    size = path.stat().st_size
     holds = seal_holds(path)
     if holds is False:
         raise CheckpointError(f'{path}: {_BROKEN} (its SHA-256 is not that of the saved file)')
@@ -205,12 +179,18 @@ def _check_bytes(path: Path) -> bool:
         try:
             # torch.load does not check the checksums that torch.save wrote.
             with zipfile.ZipFile(path) as records:
+                unpacked = sum(record.file_size for record in records.infolist())
+                if unpacked > _UNPACKED * size + 2**26:  # torch.save does not compress
+                    raise CheckpointError(f'{path}: refused, because it unpacks to {unpacked / 2**30:.1f} GiB')
                 broken = records.testzip()
+        except CheckpointError:
+            raise
         except Exception as error:  # the ZIP parser may raise anything on broken bytes
             raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
         if broken:
             raise CheckpointError(f'{path}: {_BROKEN} (wrong checksum of {broken})')
-    return bool(holds)
+        size = max(size, unpacked)
+    return size
 
 
 def _parse(path: Path, map_location: MapLocation, mmap: bool = False):
@@ -236,7 +216,7 @@ def _parse(path: Path, map_location: MapLocation, mmap: bool = False):
 
 
 @CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
-def load_from_http(url: str, map_location: MapLocation = None) -> dict:
+def load_from_http(url: str, map_location: MapLocation = None):
     """Download a checkpoint once into torch's hub cache, then read it like a local file.
 
     Raises:
@@ -267,7 +247,7 @@ def _download(url: str, path: Path) -> None:
 
 
 @CheckpointLoader.register_scheme(prefixes=('modelzoo://', 'torchvision://'), force=True)
-def load_from_torchvision(name: str, map_location: MapLocation = None) -> dict:
+def load_from_torchvision(name: str, map_location: MapLocation = None):
     """Download the weights of a torchvision model by mmengine's name for it, as ``torchvision://resnet50``.
 
     Raises:
@@ -277,7 +257,7 @@ def load_from_torchvision(name: str, map_location: MapLocation = None) -> dict:
 
 
 @CheckpointLoader.register_scheme(prefixes=('open-mmlab://', 'openmmlab://'), force=True)
-def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
+def load_from_openmmlab(name: str, map_location: MapLocation = None):
     """Read weights by OpenMMLab's name for them; its list gives a URL or a file in ``MMENGINE_HOME``.
 
     Raises:
@@ -291,16 +271,16 @@ def load_from_openmmlab(name: str, map_location: MapLocation = None) -> dict:
 
 
 @CheckpointLoader.register_scheme(prefixes='mmcls://', force=True)
-def load_from_mmcls(name: str, map_location: MapLocation = None) -> dict:
+def load_from_mmcls(name: str, map_location: MapLocation = None):
     """Download a classifier of MMClassification, as ``mmcls://convnext-tiny``, and keep its backbone.
 
     Raises:
         CheckpointError: no such name, or as :func:`load_from_http`.
     """
     url = _look_up(name, get_mmcls_models())
-    state = load_from_http(url, map_location)['state_dict']
+    state = as_checkpoint(load_from_http(url, map_location), url)['state_dict']
     backbone = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')}
-    return dict(state_dict=_with_source(backbone, url), meta={})
+    return dict(state_dict=with_source(backbone, url))
 
 
 def _look_up(name: str, known: Mapping[str, str]) -> str:
@@ -312,7 +292,7 @@ def _look_up(name: str, known: Mapping[str, str]) -> str:
 
 
 @CheckpointLoader.register_scheme(prefixes=(r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), force=True)
-def load_from_ceph(url: str, map_location: MapLocation = None) -> dict:
+def load_from_ceph(url: str, map_location: MapLocation = None):
     """Fetch a checkpoint through mmengine's Petrel backend, then read it like a local file.
 
     Raises:
@@ -325,7 +305,7 @@ def load_from_ceph(url: str, map_location: MapLocation = None) -> dict:
 
 
 @CheckpointLoader.register_scheme(prefixes='pavi://', force=True)
-def load_from_pavi(url: str, map_location: MapLocation = None) -> dict:
+def load_from_pavi(url: str, map_location: MapLocation = None):
     """Fetch a checkpoint from Pavi, then read it like a local file.
 
     Raises:
@@ -356,7 +336,7 @@ def _fetch_to_temporary(url: str, fetch: Callable[[Path], None], map_location: M
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://', force=True)
-def load_from_timm(name: str, map_location: MapLocation = None) -> dict:
+def load_from_timm(name: str, map_location: MapLocation = None):
     """Read the weights of a timm model, as ``timm://volo_d4_448.sail_in1k``, from the Hugging Face hub or its cache.
 
     Raises:

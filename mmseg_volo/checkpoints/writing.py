@@ -6,6 +6,7 @@ renamed. So a file under a checkpoint's name is always complete. The seal is sto
 """
 
 import contextlib
+import copyreg
 import errno
 import os
 import pickle
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from mmengine.logging import HistoryBuffer
 
 from ..errors import SaveError
 from ..utils.files import atomic_write, part_of, sha256
@@ -31,6 +33,13 @@ class _Pickler(pickle._Pickler):
     mmengine copies all tensors first, which needs host memory for a second model and optimizer. Tensor data bypasses
     the pickler, so Python's slow pickler is fast enough.
     """
+
+    def reducer_override(self, obj: object) -> object:
+        """Save log histories without their statistics, which are functions that other processes may not have."""
+        if type(obj) is not HistoryBuffer:
+            return NotImplemented
+        state = {key: value for key, value in vars(obj).items() if key != 'statistics_methods'}
+        return copyreg.__newobj__, (HistoryBuffer,), state
 
     def save_pers(self, pid: tuple) -> None:
         kind, storage, key, _, size = pid
@@ -150,6 +159,17 @@ def seal(path: Path) -> None:
         digest = sha256(file, size)
         file.seek(size)
         file.write(_FORM % digest.encode())
+
+
+def is_sealed(path: Path) -> bool | None:
+    """Whether a file ends with a seal; None if it ends with something else than torch.save or :func:`seal` wrote."""
+    with path.open('rb') as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - _LENGTH, 0))
+        end = file.read()
+    if _SEAL.fullmatch(end):
+        return True
+    return False if end.endswith(b'\0\0') or not zipfile.is_zipfile(path) else None
 
 
 def seal_holds(path: Path) -> bool | None:

@@ -7,6 +7,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 
 from ..errors import DataError
+from .checks.images import why_unreadable
 from .checks.labels import LabelError, decode_label, label_table
 
 
@@ -26,11 +27,13 @@ class LoadCheckedAnnotations(LoadAnnotations):
     def _load_seg_map(self, results: dict) -> None:
         path = results['seg_map_path']
         try:
-            label = decode_label(fileio.get(path, backend_args=self.backend_args), backend=self.imdecode_backend)
+            label = decode_label(fileio.get(path, backend_args=self.backend_args), self.imdecode_backend)
         except LabelError as error:
             raise DataError(f'{path}: {error}') from error
         except OSError as error:
-            raise DataError(f'{path}: the label cannot be read ({error.strerror or error}); restore it') from error
+            raise DataError(
+                f'{path}: the label cannot be read ({error.strerror or error}); check the path and the disk'
+            ) from error
         size = results.get('ori_shape', label.shape)
         if label.shape != tuple(size):
             raise DataError(
@@ -62,5 +65,11 @@ class LoadCheckedImage(LoadImageFromFile):
             return super().transform(results)
         except Exception as error:  # decoders may raise anything on broken data
             path = results['img_path']
-            reason = 'cut off or damaged' if isinstance(error, AssertionError | cv2.error) else error
-            raise DataError(f'{path}: the image cannot be read ({reason}); restore or remove the file') from error
+            raise DataError(f'{path}: {self._reason(path, error)}') from error
+
+    def _reason(self, path: str, error: Exception) -> str:
+        try:
+            data = fileio.get(path, backend_args=self.backend_args)
+        except OSError as missing:
+            return f'the image cannot be read ({missing.strerror or missing}); check the path and the disk'
+        return str(why_unreadable(data, self.color_type, self.imdecode_backend, error))

@@ -127,6 +127,10 @@ class Page:
         stop.click(self._leave, cancels=prediction, queue=False, api_visibility='private')
         self.blocks.unload(self._leave)
 
+    def sessions(self) -> set[str | None]:
+        """The sessions whose predictions run or wait for the model."""
+        return set(self._running.values())
+
     def stop(self) -> None:
         """End all predictions, and wait until they have ended."""
         while self._running:
@@ -196,7 +200,7 @@ class Page:
 
     def _saved(self, image: np.ndarray, prediction: Prediction, stem: str) -> list[dict]:
         """The download buttons with their files, named and made as those of ``tools/predict.py``."""
-        folder = Path(tempfile.mkdtemp(dir=self.blocks.GRADIO_CACHE))
+        folder = Path(tempfile.mkdtemp(prefix='result_', dir=self.blocks.GRADIO_CACHE))
         files = {
             f'{stem}_classes.png': prediction.classes.astype(np.uint8 if len(self._names) <= 256 else np.uint16),
             f'{stem}_overlay.png': overlay(image, prediction.classes, self._model.palette),

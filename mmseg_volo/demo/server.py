@@ -2,10 +2,9 @@
 
 import logging
 import os
-import re
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,37 +14,14 @@ os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
 
 import gradio as gr
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
 
 from ..errors import ConfigError
-from .page import CSS, Limits, Page
+from .guard import Guard
+from .page import CSS, Page
 from .shared_model import SharedModel
+from .uploads import Limits, Store
 
 _FONTS = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']  # Gradio's own come from Google
-# What the page itself requests. Gradio's other routes would fetch addresses, or let programs call the model.
-_ROUTES = re.compile(
-    r'/|/(assets|static)/.+|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)'
-    r'|/gradio_api/(file=(?!.*://).+|heartbeat/\w+|queue/(join|data)|run/predict|cancel|reset|startup-events)'
-    r'|/gradio_api/upload(_progress)?'
-)
-_HEADERS = {
-    # The browser, too, is told to contact no other machine.
-    'content-security-policy': "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; "
-    "form-action 'self'; frame-ancestors 'self'; object-src 'none'",
-    'referrer-policy': 'no-referrer',
-    'x-content-type-options': 'nosniff',
-}
-
-
-async def _guard(request: Request, answer: Callable) -> Response:
-    """Middleware: only the page's own routes, and security headers on each answer."""
-    if not _ROUTES.fullmatch(request.scope['path']):
-        return PlainTextResponse('The demo page has nothing here.', 404, _HEADERS)
-    response = await answer(request)
-    response.headers.update(_HEADERS)
-    return response
 
 
 def free_port(host: str, port: int) -> int:
@@ -81,9 +57,11 @@ def serve(model: SharedModel, host: str, port: int, limits: Limits, **options) -
         options: title, about, queue and examples of :class:`Page`.
     """
     with tempfile.TemporaryDirectory(prefix='mmseg_volo_demo_', ignore_cleanup_errors=True) as folder:
+        folder = Path(folder).resolve()
         # Before Gradio listens, it asks its own address whether it answers: not through a proxy.
-        os.environ.update(GRADIO_TEMP_DIR=str(Path(folder).resolve()), no_proxy='*')
+        os.environ.update(GRADIO_TEMP_DIR=str(folder), no_proxy='*')
         page = Page(model, limits=limits, **options)
+        guard = Middleware(Guard, page=page, store=Store(folder, limits.megabytes), megabytes=limits.megabytes)
         try:
             page.blocks.launch(
                 server_name=f'[{host}]' if ':' in host else host,
@@ -101,7 +79,7 @@ def serve(model: SharedModel, host: str, port: int, limits: Limits, **options) -
                 enable_monitoring=False,
                 theme=gr.themes.Default(font=_FONTS, font_mono=['ui-monospace', 'monospace']),
                 css=CSS,
-                app_kwargs={'middleware': [Middleware(BaseHTTPMiddleware, dispatch=_guard)]},
+                app_kwargs={'middleware': [guard]},
             )
             page.blocks.server.config.timeout_graceful_shutdown = 1  # seconds; each open page holds a connection
             yield page

@@ -2,123 +2,27 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NoReturn
-from weakref import WeakKeyDictionary
 
-import mmengine
 import torch
 import torch.distributed as dist
 from mmengine.dist import broadcast, broadcast_object_list, get_dist_info, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from torch import Tensor
 
-from ..checkpoints.writing import finish, remove_parts, replace_text, save_error, write
-from ..errors import SaveError, TrainingStopped
+from ..checkpoints.writing import remove_parts, replace_text
+from ..errors import ConfigError, SaveError, TrainingStopped
 from ..utils.signals import StopSignals
-from ..utils.unwrap import bare_model
-from ..version import __version__
-from .loop import ResumableTrainLoop
+from .early_stopping import early_stopping_of, restore_early_stopping
+from .loop import is_validation_due
 from .optim import should_update
-from .sharding import VOLOFullyShardedDataParallel, full_state
-
-_CONFIG_TEXTS: WeakKeyDictionary[Runner, str] = WeakKeyDictionary()
-
-
-def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_scheduler: bool = True) -> dict | None:
-    """Collect what an mmengine checkpoint holds. Unsharded tensors are not copied and stay on their device.
-
-    Args:
-        runner: the runner. If its model is sharded, all ranks must call this.
-        meta: ``epoch`` and ``iter``; completed in place as in :meth:`mmengine.runner.Runner.save_checkpoint`.
-        save_optimizer, save_param_scheduler: whether to include their states.
-
-    Returns:
-        The checkpoint on rank 0, None on the other ranks.
-    """
-    meta.update(
-        cfg=_config_text(runner),
-        seed=runner.seed,
-        experiment_name=runner.experiment_name,
-        time=time.strftime('%Y%m%d_%H%M%S', time.localtime()),
-        saved_at=time.time(),
-        sealed_by=f'mmseg_volo {__version__}',
-        world_size=runner.world_size,
-        mmengine_version=mmengine.__version__,
-    )
-    if hasattr(runner.train_dataloader.dataset, 'metainfo'):
-        meta['dataset_meta'] = runner.train_dataloader.dataset.metainfo
-    wrapper = runner.optim_wrapper if save_optimizer else None
-    if isinstance(runner.model, VOLOFullyShardedDataParallel):
-        weights, state = full_state(runner.model, wrapper)
-    else:
-        weights, state = bare_model(runner.model).state_dict(), wrapper and wrapper.state_dict()
-    if not is_main_process():
-        return None
-    checkpoint = dict(meta=meta, state_dict=weights, message_hub=runner.message_hub.state_dict())
-    if save_optimizer:
-        checkpoint['optimizer'] = state
-    if save_param_scheduler and runner.param_schedulers is not None:
-        schedulers = runner.param_schedulers
-        if isinstance(schedulers, dict):
-            states = {name: [one.state_dict() for one in some] for name, some in schedulers.items()}
-        else:
-            states = [one.state_dict() for one in schedulers]
-        checkpoint['param_schedulers'] = states
-    runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
-    return checkpoint
-
-
-def _config_text(runner: Runner) -> str:
-    """Format the config once per run, because that takes longer than writing a small checkpoint."""
-    if runner not in _CONFIG_TEXTS:
-        _CONFIG_TEXTS[runner] = runner.cfg.pretty_text
-    return _CONFIG_TEXTS[runner]
-
-
-class Writer:
-    """Save checkpoints in a thread: training waits only for :func:`write`, not for the disk."""
-
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
-        self._running: Future | None = None
-
-    def save(self, checkpoint: dict, path: str | Path, then: Callable[[], None]) -> None:
-        """Save a checkpoint, and call ``then`` when the file is in its place. Waits for the previous save first.
-
-        Raises:
-            SaveError: this checkpoint could not be written, or the previous save failed.
-        """
-        self.wait()
-        part = write(checkpoint, path)
-
-        def rest():
-            finish(part, path)
-            try:
-                then()
-            except OSError as error:
-                raise save_error(error.filename or path, error) from error
-
-        self._running = self._pool.submit(rest)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the last save has failed already; :meth:`wait` then raises its error."""
-        return self._running is not None and self._running.done() and self._running.exception() is not None
-
-    def wait(self) -> None:
-        """Wait for the last save; raise SaveError if it failed."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
-
+from .saving import Writer, collect, has_own_save
+from .sharding import VOLOFullyShardedDataParallel
 
 _STOP, _FAILED = 1, 2
 
@@ -130,7 +34,11 @@ class AtomicCheckpointHook(CheckpointHook):
     A checkpoint is complete before it gets its name and before older ones are removed. Training continues while the
     disk works (:mod:`mmseg_volo.checkpoints.writing`). On SIGTERM or SIGINT (Slurm, a spot machine, Ctrl-C) the hook
     saves one more checkpoint and ends training with :class:`TrainingStopped`; a second SIGINT ends it at once. A failed
-    save raises SaveError on every rank. If the folder is not on a local disk, mmengine saves as usual.
+    save raises SaveError on every rank. If the folder is not on a local disk, mmengine saves as usual. A runner with a
+    ``save_checkpoint`` of its own saves itself.
+
+    A checkpoint also holds the best score and the count of each EarlyStoppingHook, so a resumed run stops where an
+    uninterrupted one does.
     """
 
     def __init__(self, *args, **kwargs):
@@ -141,10 +49,22 @@ class AtomicCheckpointHook(CheckpointHook):
         self._agreement: tuple[Tensor, dist.Work] | None = None
         self._saved_step = -1
         self._outdated_best: list[Path] = []
+        self._save_again = self._in_background = False
 
     def before_train(self, runner: Runner) -> None:
-        """As in mmengine; also remove partial files of a killed run, and start to handle signals."""
+        """As in mmengine; also remove partial files of a killed run, and start to handle signals.
+
+        Raises:
+            ConfigError: the hook has arguments that neither it nor ``save_checkpoint`` of the runner knows.
+        """
+        if self.args and not has_own_save(runner):
+            raise ConfigError(f'default_hooks.checkpoint: {type(self).__name__} does not know {", ".join(self.args)}')
         super().before_train(runner)
+        # A hook that comes after this one may open the file that ``last_ckpt`` names, so it must be there by then.
+        later = runner.hooks[runner.hooks.index(self) + 1 :] if self in runner.hooks else []
+        stages = {stage for hook in later for stage in hook.get_triggered_stages()}
+        self._in_background = self in runner.hooks and not stages & {'after_train_iter', 'after_train_epoch'}
+        restore_early_stopping(runner)
         if isinstance(self.file_backend, LocalBackend):
             if is_main_process():
                 remove_parts(self.out_dir)
@@ -171,9 +91,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def before_train_epoch(self, runner: Runner) -> None:
         """Rerun an interrupted validation on resume."""
-        loop, measured = runner.train_loop, runner.message_hub.get_info('measured_iter')
-        if isinstance(loop, ResumableTrainLoop) and runner.iter not in (0, measured):
-            loop.validate_again()
+        measured = runner.message_hub.runtime_info.get('measured_iter')
+        if runner.val_loop is not None and runner.iter not in (0, measured) and is_validation_due(runner.train_loop):
+            runner.val_loop.run()
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Wait for the pending write: forking validation workers while a thread runs is unsafe.
@@ -191,13 +111,27 @@ class AtomicCheckpointHook(CheckpointHook):
         # A sharded model needs all ranks to save, so there training saves after its next iteration.
         if self._signals.received and not isinstance(runner.model, VOLOFullyShardedDataParallel):
             if is_main_process() and self._saved_step != runner.iter:
+                for hook in runner.hooks:
+                    if isinstance(hook, EMAHook):
+                        hook.after_val_epoch(runner)  # put back the weights that are trained
                 self._save_in_between(runner, runner.iter, alone=True)
             self._stop(runner.iter, alone=True)
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         """As in mmengine; also note in later checkpoints that this validation is done."""
-        runner.message_hub.update_info('measured_iter', runner.iter)
+        if self._trains:  # in a validation alone, asking for the iteration would build the training data
+            runner.message_hub.update_info('measured_iter', runner.iter)
         super().after_val_epoch(runner, metrics)
+
+    def after_val(self, runner: Runner) -> None:
+        """If there is a new best checkpoint, save the last one again, which notes it.
+
+        mmengine saves it in ``after_val_epoch``, where EarlyStoppingHook has not counted yet.
+        """
+        if self._save_again:
+            self._save_again = False
+            meta = dict(epoch=runner.epoch, iter=runner.iter)
+            self._save_checkpoint_with_step(runner, runner.epoch if self.by_epoch else runner.iter, meta)
 
     def after_train(self, runner: Runner) -> None:
         """Wait for the last save."""
@@ -205,6 +139,11 @@ class AtomicCheckpointHook(CheckpointHook):
         self._raise_everywhere(self._wait())
         self.release()
         super().after_train(runner)
+
+    @property
+    def _trains(self) -> bool:
+        """Whether training has begun; a validation alone saves nothing."""
+        return hasattr(self, 'file_backend')
 
     def release(self) -> None:
         """Restore the previous signal handlers, also when training ends with an error."""
@@ -286,11 +225,12 @@ class AtomicCheckpointHook(CheckpointHook):
                 outdated.append(Path(self.out_dir, self.filename_tmpl.format(self.keep_ckpt_ids.popleft())))
             self.keep_ckpt_ids.append(step)
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
-        path = Path(self.out_dir, name or self.filename_tmpl.format(step))
+        name = name or self.filename_tmpl.format(step)
+        path = Path(self.out_dir, name)
         self.last_ckpt = str(path)
         self._saved_step = step
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        checkpoint = collect(runner, meta, self.save_optimizer, self.save_param_scheduler)
+        runner.message_hub.update_info('early_stopping', early_stopping_of(runner))
 
         def update_folder():
             replace_text(Path(runner.work_dir, 'last_checkpoint'), str(path))
@@ -298,11 +238,21 @@ class AtomicCheckpointHook(CheckpointHook):
                 file.unlink(missing_ok=True)
 
         error = None
-        if is_main_process():
-            try:
-                self._writer.save(checkpoint, path, update_folder)
-            except SaveError as caught:
-                error = caught
+        try:
+            if has_own_save(runner):
+                options = dict(save_optimizer=self.save_optimizer, save_param_scheduler=self.save_param_scheduler)
+                options.update(meta=meta, by_epoch=self.by_epoch, backend_args=self.backend_args, **self.args)
+                runner.save_checkpoint(self.out_dir, name, self.file_client_args, **options)
+                if is_main_process():
+                    update_folder()
+            else:
+                checkpoint = collect(runner, meta, self.save_optimizer, self.save_param_scheduler)
+                if is_main_process():
+                    self._writer.save(checkpoint, path, update_folder)
+                    if not self._in_background:
+                        self._writer.wait()
+        except SaveError as caught:
+            error = caught
         if not alone:
             self._raise_everywhere(error)
         elif error:
@@ -310,7 +260,9 @@ class AtomicCheckpointHook(CheckpointHook):
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         """As in mmengine, but remove the previous best file only after the new one is saved."""
-        if not self.save_best or not isinstance(self.file_backend, LocalBackend):
+        if not self.save_best or not self._trains:
+            return
+        if not isinstance(self.file_backend, LocalBackend):
             super()._save_best_checkpoint(runner, metrics)
             return
         backend, self.file_backend = self.file_backend, _RemovalRecorder()
@@ -324,9 +276,7 @@ class AtomicCheckpointHook(CheckpointHook):
         self._raise_everywhere(error)
         best = [Path(path) for path in self._best_paths() if path]
         self._outdated_best += [path for path in recorder.removed if path not in best]
-        if recorder.save_again:  # as in mmengine: the last checkpoint notes the new best one
-            meta = dict(epoch=runner.epoch, iter=runner.iter)
-            self._save_checkpoint_with_step(runner, runner.epoch if self.by_epoch else runner.iter, meta)
+        self._save_again = recorder.save_again
 
     def _best_paths(self) -> list[str | None]:
         if hasattr(self, 'best_ckpt_path_dict'):

@@ -7,27 +7,34 @@ import torch
 import torch.distributed as dist
 from mmengine.dist import is_distributed
 from mmengine.hooks import Hook
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmseg.registry import HOOKS
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
 from ..checkpoints.compatibility import check_checkpoint
+from ..checkpoints.content import as_checkpoint
 from ..datasets.checks.labels import likely_cause
 from ..errors import DataError, TrainingDiverged
 from ..utils.unwrap import bare_model
+from .loop import check_epochs_end
 from .optim import should_update, wrappers_of
 
 
 @HOOKS.register_module()
 class MatchingCheckpointHook(Hook):
-    """Check a checkpoint against the model before it is loaded, for runners other than ``VOLORunner``.
+    """Check what ``VOLORunner`` checks itself, for other runners: checkpoints against the model, and the sampler.
 
     Training loads what fits and logs the rest. A test rejects a checkpoint of another model or of other class names,
-    unless ``model.test_cfg.allow_mismatch`` is true.
+    unless ``model.test_cfg.allow_mismatch`` is true. Training by epochs needs a sampler that ends them.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook, which loads the content too
+
+    def before_train(self, runner: Runner) -> None:
+        """Raise ConfigError for epochs that never end."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            check_epochs_end(runner.train_dataloader)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Check the content of the file.
@@ -35,6 +42,8 @@ class MatchingCheckpointHook(Hook):
         Raises:
             CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`.
         """
+        arranged = as_checkpoint(checkpoint)
+        checkpoint.update(arranged)
         if isinstance(runner._train_loop, BaseLoop):  # built in training; still a config in a test
             check_checkpoint(bare_model(runner.model), checkpoint, 'train')
         else:

@@ -6,6 +6,7 @@ saved random state and no replay, whatever the number of workers and whatever ra
 Several ranks see the same images with the same augmentation as one rank with the same total batch.
 """
 
+import operator
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ import numpy as np
 import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.logging import print_log
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
 from mmseg.registry import DATA_SAMPLERS, LOOPS
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import ConfigError
 
 _IMAGES, _STEPS = 0, 1  # first part of the seed key: augmentation of an image, or a training step
 
@@ -55,8 +58,15 @@ class ResumableSampler(InfiniteSampler):
             yield Draw(index, _seed_of(_IMAGES, self.seed, position * self.world_size + self.rank))
 
     def skip(self, num_samples: int) -> None:
-        """Start after ``num_samples`` images of this rank, counted from the start of training."""
-        self.start = num_samples
+        """Start after ``num_samples`` images of this rank, counted from the start of training.
+
+        Raises:
+            ValueError: the number is negative.
+            TypeError: it is no integer.
+        """
+        if operator.index(num_samples) < 0:
+            raise ValueError(f'num_samples must be 0 or more, got {num_samples}')
+        self.start = operator.index(num_samples)
 
 
 class SeededDataset(Dataset):
@@ -107,11 +117,28 @@ class ResumableTrainLoop(IterBasedTrainLoop):
         seed_everything(_STEPS, self.runner.seed, self._iter, self.runner.rank)
         super().run_iter(data_batch)
 
-    def validate_again(self) -> None:
-        """Run the validation if one is due at this iteration."""
-        due = self._iter % self.val_interval == 0 or self._iter == self._max_iters
-        if self.runner.val_loop is not None and due and self._iter >= self.val_begin:
-            self.runner.val_loop.run()
+
+def check_epochs_end(loader: DataLoader) -> None:
+    """Raise ConfigError if the data loader of a run by epochs never ends one."""
+    for sampler in (loader.sampler, getattr(loader.batch_sampler, 'sampler', None)):
+        if isinstance(sampler, InfiniteSampler):
+            raise ConfigError(
+                f'train_cfg counts epochs, but {type(sampler).__name__} never ends one: set train_dataloader.sampler='
+                "dict(type='DefaultSampler', shuffle=True), or train by iterations (max_iters)"
+            )
+
+
+def is_validation_due(loop: BaseLoop) -> bool:
+    """Whether a loop that stands between two iterations validates before the next one."""
+    if isinstance(loop, EpochBasedTrainLoop):
+        if loop.iter != loop.epoch * len(loop.dataloader):  # stopped within an epoch
+            return False
+        done, last = loop.epoch, loop.max_epochs
+    elif isinstance(loop, IterBasedTrainLoop):
+        done, last = loop.iter, loop.max_iters
+    else:
+        return False
+    return done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)
 
 
 def seed_everything(*key: int) -> None:

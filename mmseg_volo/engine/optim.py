@@ -22,7 +22,7 @@ def should_update(wrapper: OptimWrapper | OptimWrapperDict) -> bool:
 
 def wrappers_of(wrapper: OptimWrapper | OptimWrapperDict) -> list[OptimWrapper]:
     """The wrappers in an OptimWrapperDict, or the only one."""
-    return [wrapper] if isinstance(wrapper, OptimWrapper) else list(wrapper.values())
+    return [one for _, one in wrapper.items()] if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -8,30 +8,38 @@ import os
 import re
 import signal
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, Literal
 
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_main_process
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
-from mmseg.registry import RUNNERS
+from mmseg.registry import DATA_SAMPLERS, LOOPS, RUNNERS
 from torch import nn
 from torch.utils.data import DataLoader
 
 from ..checkpoints.compatibility import Mode, check_checkpoint
+from ..checkpoints.reading import load_checkpoint
 from ..checkpoints.writing import save
+from ..config_check import building, check_config, settle
 from ..datasets.checks.check import build_checked, check_not_empty, quick_check
-from ..errors import CheckpointError, ConfigError, ProcessLost, TrainingStopped
+from ..errors import USER_ERRORS, CheckpointError, ConfigError, ProcessLost, TrainingStopped
 from ..utils.unwrap import bare_model
-from .checkpoint_hook import AtomicCheckpointHook, collect
+from .checkpoint_hook import AtomicCheckpointHook
+from .continuity import check_continuity
 from .distributed import init_gloo, watch_over
 from .guards import classes_of
-from .loop import SeededDataset, seed_everything
+from .lock import FolderLock, is_locked
+from .loop import SeededDataset, check_epochs_end, seed_everything
 from .resume import check_resumable, newest_checkpoint
+from .saving import collect
 from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole_parameters
 
 
@@ -42,8 +50,11 @@ class VOLORunner(Runner):
     Without a GPU, where mmengine would require CUDA, the process group uses gloo and the model is wrapped without
     device ids. SyncBN, which needs CUDA, becomes BN; its running statistics are those of rank 0.
 
-    ``resume=True`` continues from the newest complete checkpoint of the work dir, which may have been moved. Broken
-    files are skipped with a warning. The pretrained backbone is not read then, since the checkpoint replaces it.
+    ``resume=True`` continues from the newest complete checkpoint of the work dir, which may have been moved, or of the
+    work dir that ``load_from`` names. Broken files are skipped with a warning. The pretrained backbone is not read
+    then, since the checkpoint replaces it.
+
+    While a run trains, it locks the folders of its checkpoints (:mod:`mmseg_volo.engine.lock`).
     """
 
     _mode: Mode = 'infer'
@@ -58,14 +69,20 @@ class VOLORunner(Runner):
             DataError: the quick part of ``tools/check_data.py`` found a fault.
             SaveError, TrainingStopped: see :mod:`mmseg_volo.engine.checkpoint_hook`.
             TrainingDiverged: see :mod:`mmseg_volo.engine.guards`.
+            ConfigError: another run trains in the work dir, or a run by epochs has a data loader that never ends one.
         """
         watch = watch_over(self.cfg.get('watch_patience', 40))
+        locks = ExitStack()
         try:
             self._mode = 'train'
+            self._on_rank_0(lambda: self._lock_folders(locks))
+            self._end_epochs()
             for name in ('_train_dataloader', '_val_dataloader'):
                 loader = getattr(self, name)
                 if isinstance(loader, dict) and isinstance(loader.get('dataset'), dict):
-                    setattr(self, name, dict(loader, dataset=build_checked(loader['dataset'], quick_check)))
+                    with building(self.cfg, f'{name[1:]}.dataset'):
+                        dataset = build_checked(loader['dataset'], quick_check)
+                    setattr(self, name, dict(loader, dataset=dataset))
             self._find_resume_point()
             return super().train()
         except TrainingStopped:
@@ -83,6 +100,17 @@ class VOLORunner(Runner):
             for hook in self.hooks:
                 if isinstance(hook, AtomicCheckpointHook):
                     hook.release()
+            locks.close()
+
+    def val(self) -> dict:
+        """As in mmengine; the checkpoint's weights are enough, even if the config says ``resume``."""
+        self._resume = self._resume and self._load_from is None
+        return super().val()
+
+    def test(self) -> dict:
+        """As in mmengine; the checkpoint's weights are enough, even if the config says ``resume``."""
+        self._resume = self._resume and self._load_from is None
+        return super().test()
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):
@@ -96,6 +124,27 @@ class VOLORunner(Runner):
                 dataloader['worker_init_fn'] = dict(type=_init_worker, seed=seed, rank=get_rank())
                 dataloader.pop('disable_subprocess_warning', None)  # an option of mmengine's worker_init_fn only
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As in mmengine; what a constructor rejects is a ConfigError. So in the next methods."""
+        with building(self.cfg, 'train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        with building(self.cfg, 'val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        with building(self.cfg, 'test_cfg'):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper):
+        with building(self.cfg, 'optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler):
+        with building(self.cfg, 'param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
     def save_checkpoint(
         self,
@@ -147,19 +196,21 @@ class VOLORunner(Runner):
         """As in mmengine, after a check of the file against the model.
 
         Training loads what fits and logs the rest. A test rejects a checkpoint of another model or of other classes. To
-        resume, the file must hold the state of a training run.
+        resume, the file must hold the state of a training run with the same optimizer, schedules and classes.
 
         Raises:
-            CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint` and
-                :func:`~mmseg_volo.engine.resume.check_resumable`.
+            CheckpointError: see :func:`~mmseg_volo.checkpoints.compatibility.check_checkpoint`,
+                :func:`~mmseg_volo.engine.resume.check_resumable` and
+                :func:`~mmseg_volo.engine.continuity.check_continuity`.
         """
         path, checkpoint = self._found or (None, None)
         self._found = None
         if path != filename:
-            checkpoint = CheckpointLoader.load_checkpoint(filename, map_location, 'current')
+            checkpoint = load_checkpoint(filename, map_location)
         model = bare_model(self.model)
         if self._resume:
             check_resumable(checkpoint, Path(filename))
+            check_continuity(self, checkpoint, filename)
         check_checkpoint(model, checkpoint, 'resume' if self._resume else self._mode, classes_of(self))
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
         with whole_parameters(self.model):
@@ -167,6 +218,7 @@ class VOLORunner(Runner):
         self._has_loaded = True
         self.logger.info(f'Load checkpoint from {filename}')
         if self._resume:
+            checkpoint['message_hub']['runtime_info'].pop('cfg', None)  # the run has its own
             before = checkpoint['meta'].get('world_size', self.world_size)
             if before != self.world_size:
                 self.logger.warning(
@@ -177,33 +229,85 @@ class VOLORunner(Runner):
                 checkpoint['optimizer'] = shard_optimizer_state(self.optim_wrapper, checkpoint['optimizer'])
         return checkpoint
 
-    def _find_resume_point(self) -> None:
-        if not self._resume or (self._load_from is not None and not self.cfg.get('auto_resume')):
+    def _end_epochs(self) -> None:
+        """Give a run by epochs a DefaultSampler in place of a sampler that never ends, which base configs have."""
+        loop, loader = self._train_loop, self._train_dataloader
+        if not isinstance(loop, dict) or not _counts_epochs(loop):
             return
-        # Rank 0 decides for all ranks, since another host may see an older state of a shared folder.
-        path_and_error = [None, None]
-        if is_main_process():
-            try:
-                self._found = newest_checkpoint(self._checkpoint_folders(), self.logger)
-                path_and_error[0] = self._found and self._found[0]
-            except CheckpointError as error:
-                path_and_error[1] = str(error)
-        broadcast_object_list(path_and_error)
-        path, message = path_and_error
-        if message:
-            raise CheckpointError(message)
+        if isinstance(loader, DataLoader):
+            check_epochs_end(loader)
+            return
+        sampler = loader.get('sampler')
+        kind = sampler.get('type') if isinstance(sampler, dict) else None
+        kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+        if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
+            self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))  # same arguments
+            self.logger.info(
+                f'train_cfg counts epochs: train_dataloader.sampler is DefaultSampler, since {kind.__name__} never '
+                'ends. A run by iterations (ResumableTrainLoop) can be resumed exactly, this one only about'
+            )
+
+    def _find_resume_point(self) -> None:
+        if not self._resume:
+            return
+        named = None if self.cfg.get('auto_resume') else self._load_from
+        if named and not self._on_rank_0(lambda: Path(named).is_dir()):
+            return
+        folders = [Path(named)] if named else self._checkpoint_folders()
+        templates = [hook.filename_tmpl for hook in self.hooks if isinstance(hook, CheckpointHook)]
+
+        def find() -> str | None:
+            self._found = newest_checkpoint(folders, self.logger, templates)
+            return self._found and self._found[0]
+
+        path = self._on_rank_0(find)
         if path:
             self._load_from = path
+        elif named:
+            raise CheckpointError(f'--resume: no checkpoint of a training run in the folder {named}')
         else:
             self._resume = False
             self.logger.warning(
-                f'RESUME: no checkpoint in {" or ".join(map(str, self._checkpoint_folders()))}: TRAINING STARTS FROM '
-                'ITERATION 0. To resume another run, give --resume FILE or the --work-dir of that run.'
+                f'RESUME: no checkpoint in {" or ".join(map(str, folders))}: TRAINING STARTS FROM ITERATION 0. To '
+                'resume another run, give --resume FILE or the --work-dir of that run.'
             )
 
     def _checkpoint_folders(self) -> list[Path]:
-        out_dirs = [hook.out_dir for hook in self.hooks if isinstance(hook, CheckpointHook) and hook.out_dir]
-        return [Path(self.work_dir), *(Path(folder, Path(self.work_dir).name) for folder in out_dirs)]
+        """The local folders of checkpoints, the work dir first."""
+        folders = [Path(self.work_dir)]
+        for hook in self.hooks:
+            if not isinstance(hook, CheckpointHook) or not hook.out_dir or hook.file_client_args:
+                continue
+            if isinstance(get_file_backend(hook.out_dir, backend_args=hook.backend_args), LocalBackend):
+                folders.append(Path(hook.out_dir, folders[0].name))
+        return folders
+
+    def _lock_folders(self, locks: ExitStack) -> None:
+        for folder in dict.fromkeys(folder.resolve() for folder in self._checkpoint_folders()):
+            locks.callback(FolderLock(folder, patience=1.0).release)
+
+    @staticmethod
+    def _on_rank_0(work: Callable[[], Any]) -> Any:
+        """Call ``work`` on rank 0, because another host may see an older state of a shared folder.
+
+        Every rank gets the result, or raises the error.
+        """
+        result, error = None, None
+        if is_main_process():
+            try:
+                result = work()
+            except USER_ERRORS as caught:
+                error = caught
+        both = [result, error]
+        broadcast_object_list(both)
+        if both[1]:
+            raise both[1]
+        return both[0]
+
+    def dump_config(self) -> None:
+        """As in mmengine, unless another run trains in the work dir, whose config must not be replaced."""
+        if not is_locked(self.work_dir):
+            super().dump_config()
 
     def setup_env(self, env_cfg: dict) -> None:
         """As in mmengine; on a CPU, start gloo first, because mmengine would require CUDA."""
@@ -225,6 +329,12 @@ class VOLORunner(Runner):
         if not self._resume:
             with whole_parameters(self.model):
                 super()._init_model_weights()
+
+
+def _counts_epochs(loop: dict) -> bool:
+    kind = loop.get('type')
+    kind = LOOPS.get(kind) if isinstance(kind, str) else kind
+    return issubclass(kind, EpochBasedTrainLoop) if isinstance(kind, type) else bool(loop.get('by_epoch'))
 
 
 # Set to 1 when this process exits. The memory is shared with forked workers.
@@ -277,13 +387,21 @@ def check_vis_backends(config: Config) -> None:
             )
 
 
-def build_runner(config: Config) -> Runner:
-    """Build the runner of ``config.runner_type``, by default mmengine's own.
+def build_runner(config: Config, task: Literal['train', 'test'] | None = None) -> Runner:
+    """Check a config and build the runner of ``config.runner_type``, by default mmengine's own.
+
+    Args:
+        config: changed where settings cannot hold beside others; see :func:`~mmseg_volo.config_check.settle`.
+        task: what the runner will do; see :func:`~mmseg_volo.config_check.check_config`.
 
     Raises:
-        ConfigError: see :func:`check_vis_backends`.
+        ConfigError: see :func:`~mmseg_volo.config_check.check_config` and :func:`check_vis_backends`; or a constructor
+            rejects its part of the config.
     """
+    settle(config)
+    check_config(config, task)
     check_vis_backends(config)
     if config.get('runner_type') != 'VOLORunner':
         config.custom_hooks = [*(config.get('custom_hooks') or []), dict(type='MatchingCheckpointHook')]
-    return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+    with building(config, 'config'):
+        return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)

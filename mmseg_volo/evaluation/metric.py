@@ -2,18 +2,22 @@
 
 import heapq
 from collections.abc import Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from mmengine.dist import get_rank
 from mmseg.evaluation import IoUMetric
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from mmseg.registry import METRICS
 from torch import Tensor
 from torch.nn import ModuleList
 
+from ..errors import DataError
 from ..models.losses import BandedLoss
-from ..models.segmentors import SAMPLE_STEP
+from ..models.predictions import SAMPLE_STEP
+from ..utils.files import atomic_write
 
 BINS = 20  # of confidence, of equal width
 # A CPU counts so many pixels at a time: they stay in its cache.
@@ -43,17 +47,26 @@ class ConfusionIoUMetric(IoUMetric):
 
     Raises:
         ValueError: a prediction and a ground truth of different sizes.
+        DataError: two images would be saved under the same name in ``output_dir``.
     """
 
     keep = 0
     head: BaseDecodeHead | None = None
     images: list[dict] | None = None
+    _saved: dict[str, str] | None = None  # images by the name of their PNG
 
     def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
-        """Count the images of a batch; where ``output_dir`` is set, save their predictions as IoUMetric does."""
+        """Count the images of a batch.
+
+        Where ``output_dir`` is set, save their predictions as IoUMetric does, with 16 bits if an id can be above 255.
+        """
         if not self.results:
             self._worst, self._best = [], []  # heaps of (order, index, image), the least wanted image first
+        folder, self.output_dir = self.output_dir, None  # IoUMetric would write 8 bits
         super().process(data_batch, data_samples)
+        self.output_dir = folder
+        for sample in data_samples if folder is not None else ():
+            self._save(sample)
         if self.format_only:
             return
         for i, sample in enumerate(data_samples, len(self.results) - len(data_samples)):
@@ -63,6 +76,18 @@ class ConfusionIoUMetric(IoUMetric):
     def intersect_and_union(pred_label: Tensor, label: Tensor, num_classes: int, ignore_index: int) -> dict:
         """Count one image: the dict that :meth:`process` completes, where IoUMetric returns four histograms."""
         return dict(confusion=confusion_of(pred_label, label, num_classes, ignore_index))
+
+    def _save(self, sample: dict) -> None:
+        path = Path(self.output_dir, f'{Path(sample["img_path"]).stem}.png')
+        if self._saved is None:
+            self._saved = {}
+        if (other := self._saved.setdefault(path.name, sample['img_path'])) != sample['img_path']:
+            raise DataError(
+                f'{other} and {sample["img_path"]} would both be saved as {path}; tools/test.py keeps their folders, '
+                'so set output_dir in test_evaluator alone'
+            )
+        reduced = sample.get('reduce_zero_label', False)
+        write_ids(path, sample['pred_sem_seg']['data'], len(self.dataset_meta['classes']), reduced)
 
     def _describe(self, index: int, image: dict, sample: dict) -> None:
         dense = image['confusion']
@@ -85,7 +110,7 @@ class ConfusionIoUMetric(IoUMetric):
             if len(heap) == self.keep and not (heap and order > heap[0][0]):
                 continue
             if 'pngs' not in image:
-                image['pngs'] = _png(predicted), _png(truth)
+                image['pngs'] = ids_as_png(predicted), ids_as_png(truth)
             heapq.heappush(heap, (order, index, image))
             if len(heap) > self.keep:
                 dropped = heapq.heappop(heap)[2]
@@ -222,6 +247,22 @@ def losses_of(head: BaseDecodeHead, logits: Tensor, truth: Tensor) -> tuple[dict
     return losses, int((~ignored).sum()) if without_ignored else truth.numel()
 
 
-def _png(labels: Tensor) -> bytes:
-    labels = labels.cpu().numpy()
-    return cv2.imencode('.png', labels.astype(np.uint8 if labels.max() < 256 else np.uint16))[1].tobytes()
+def ids_as_png(ids: Tensor, least: int = 0) -> bytes:
+    """Encode class ids (H, W) as PNG: with 8 bits if they and ``least`` are below 256, else with 16 bits."""
+    ids = ids.cpu().numpy()
+    dtype = np.uint8 if max(ids.max(), least) < 256 else np.uint16
+    return cv2.imencode('.png', ids.astype(dtype))[1].tobytes()
+
+
+def write_ids(path: Path, ids: Tensor, classes: int, reduced: bool = False) -> None:
+    """Save a prediction as PNG.
+
+    Args:
+        path: of the file; its folder is created where it is missing.
+        ids: class ids (1, H, W).
+        classes: number of classes of the data set: above 256 ids, the file has 16 bits.
+        reduced: add 1 to the ids, as in the files of a data set with ``reduce_zero_label``.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, f'.{get_rank()}') as part:  # two ranks may have the same image
+        part.write_bytes(ids_as_png(ids[0] + bool(reduced), classes - 1 + bool(reduced)))

@@ -10,6 +10,7 @@ from importlib import metadata
 from numbers import Real
 from pathlib import Path
 
+import numpy as np
 import torch
 from mmengine.dist import collect_results, get_world_size, is_main_process
 from mmengine.hooks import Hook
@@ -18,9 +19,9 @@ from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 from torch import nn
 
-from ..models.segmentors import SAMPLE_STEP
+from ..models.predictions import SAMPLE_STEP
 from ..models.windows import WindowNetwork, has_plain_head
-from .metric import ConfusionIoUMetric, has_sampled_loss, sum_of
+from .metric import ConfusionIoUMetric, has_sampled_loss, iou_of, sum_of
 from .record import FOLDER, calibration_of, write_record
 
 _PACKAGES = dict(
@@ -72,7 +73,7 @@ class EvaluationRecordHook(Hook):
         # mmengine logs what has 'loss' in its name as the mean of the last ten values. Of validations that would be a
         # mistake, so each starts without the earlier ones.
         scalars = runner.message_hub.log_scalars
-        for name in [name for name in scalars if name.startswith('val/val/')]:
+        for name in [name for name in scalars if name.startswith('val/') and '/val/' in name]:  # a prefix may precede
             del scalars[name]
         self._begin(runner, runner.val_loop, self.loss)
 
@@ -169,7 +170,8 @@ class EvaluationRecordHook(Hook):
         if not any(image['pixels'] for image in images):
             raise _NoRecord('no image has a labelled pixel')
         training = runner._train_loop is not None and not isinstance(runner._train_loop, dict)
-        model, dataset = _unwrapped(runner.model), getattr(self._dataset, 'dataset', self._dataset)
+        model, datasets = _unwrapped(runner.model), _datasets(self._dataset)
+        dataset, name = datasets[0], type(datasets[0]).__name__
         seconds = [image['seconds'] for image in images if image['warm']] or [image['seconds'] for image in images]
         return dict(
             kind=kind,
@@ -178,7 +180,7 @@ class EvaluationRecordHook(Hook):
             aug_test=isinstance(model, BaseTTAModel),
             date=datetime.now().astimezone().isoformat(timespec='seconds'),
             dataset=dict(
-                type=type(dataset).__name__,
+                type=name if len(datasets) == 1 else f'{name} and {len(datasets) - 1} more',
                 data_root=_text(getattr(dataset, 'data_root', None)) or '',
                 img_path=_text((getattr(dataset, 'data_prefix', None) or {}).get('img_path')) or '',
                 pictures=len(images),
@@ -190,7 +192,7 @@ class EvaluationRecordHook(Hook):
             confusion=confusion[:-1, :-1].tolist(),
             metrics={
                 name: round(float(value), 4) if math.isfinite(value) else None
-                for name, value in metrics.items()
+                for name, value in {**_figures(confusion[:-1, :-1].numpy()), **metrics}.items()
                 if isinstance(value, Real) and not isinstance(value, bool)
             },
             pictures=[
@@ -207,6 +209,21 @@ class EvaluationRecordHook(Hook):
             seconds_per_picture=float(f'{sum(seconds) / len(seconds) / get_world_size():.4g}'),
             environment=_environment(model, self._network),
         )
+
+
+def _figures(confusion: np.ndarray) -> dict[str, float]:
+    """mIoU, pixel accuracy and mean accuracy in percent, which metrics may lack or name with a prefix."""
+    right, truth = np.diag(confusion), confusion.sum(1)
+    values = dict(aAcc=right.sum() / truth.sum(), mIoU=iou_of(confusion), mAcc=right[truth > 0] / truth[truth > 0])
+    return {name: round(100 * float(np.nanmean(value)), 2) for name, value in values.items()}
+
+
+def _datasets(dataset: object) -> list:
+    """The data sets inside wrappers such as SeededDataset, ConcatDataset and RepeatDataset."""
+    inner = vars(dataset).get('datasets') or [vars(dataset).get('dataset')]
+    if not all(hasattr(one, 'metainfo') for one in inner):
+        return [dataset]
+    return [found for one in inner for found in _datasets(one)]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

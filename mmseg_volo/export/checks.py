@@ -19,6 +19,7 @@ from ..errors import ExportError
 from ..inference.images import read_image
 from ..inference.sources import find_images
 from ..models.onnx import STEP, Run
+from ..utils.unwrap import bare_dataset
 from .formats import OPSET
 from .tensorrt import TENSORRT, why_not
 
@@ -72,7 +73,7 @@ def sample_images(config: Config, sources: Sequence[str], count: int = 4) -> tup
         paths = list(find_images(sources))[:count]
     else:
         try:
-            dataset = DATASETS.build(dict(config.test_dataloader.dataset, pipeline=[]))
+            dataset = DATASETS.build(dict(bare_dataset(config.test_dataloader.dataset), pipeline=[]))
             indices = np.linspace(0, len(dataset) - 1, count).astype(int)
             paths = [Path(dataset.get_data_info(int(i))['img_path']) for i in indices]
         except (OSError, ValueError, IndexError):

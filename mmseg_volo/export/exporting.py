@@ -89,9 +89,9 @@ def export_model(
             )
             run = open_onnx(part)[0]
         else:
-            write_pt2(program, about, part)
+            digest = write_pt2(program, about, part)
             del program
-            run = open_pt2(part)[0]
+            run = open_pt2(part, digest)
         images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)

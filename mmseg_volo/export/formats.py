@@ -1,4 +1,4 @@
-"""Write ONNX and torch.export files with their metadata, and open torch.export files."""
+"""Write ONNX and torch.export files with their metadata, and open the torch.export files written here."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from torch.export import Dim
 
 from ..errors import CheckpointError, ConfigError
 from ..models.onnx import COARSE, METADATA_KEY, STEP, Run
+from ..utils.files import sha256
 from .network import ExportNetwork
 
 FORMATS = {'onnx': '.onnx', 'pt2': '.pt2'}
@@ -96,31 +97,35 @@ def _name_axes(model: Any, channels_last: bool) -> None:
                 axis.dim_param = name
 
 
-def write_pt2(program: torch.export.ExportedProgram, about: dict, path: Path) -> None:
-    """Write a file that :func:`torch.export.load` reads."""
+def write_pt2(program: torch.export.ExportedProgram, about: dict, path: Path) -> str:
+    """Write a file that :func:`torch.export.load` reads; returns its SHA-256 for :func:`open_pt2`."""
     with path.open('wb') as file:
         torch.export.save(program, file, extra_files={f'{METADATA_KEY}.json': json.dumps(about)})
+    return sha256(path)
 
 
-def open_pt2(path: str | Path) -> tuple[Run, dict]:
-    """Open a file of :func:`write_pt2` on the CPU; see :func:`~mmseg_volo.models.onnx.open_onnx`.
+def open_pt2(path: str | Path, digest: str) -> Run:
+    """Open a file that this process wrote, on the CPU; see :func:`~mmseg_volo.models.onnx.open_onnx`.
+
+    :func:`torch.export.load` runs code that a crafted file holds, so no file from elsewhere is opened.
+
+    Args:
+        path: the file.
+        digest: what :func:`write_pt2` returned for it.
 
     Raises:
-        CheckpointError: it is another kind of file, or broken.
+        CheckpointError: the file was changed since it was written.
     """
-    extra = {f'{METADATA_KEY}.json': ''}
-    try:
-        program = torch.export.load(str(path), extra_files=extra)
-    except Exception as error:
-        raise CheckpointError(f'{path} is no torch.export file, or broken: {error}') from error
-    module = program.module()
+    if sha256(path) != digest:
+        raise CheckpointError(f'{path}: refused, because it is not the file that was written')
+    module = torch.export.load(str(path)).module()
 
     @torch.no_grad()
     def run(image: np.ndarray) -> list[np.ndarray]:
         outputs: tuple[Tensor, ...] = module(torch.from_numpy(image))
         return [output.numpy() for output in outputs]
 
-    return run, json.loads(extra[f'{METADATA_KEY}.json'])
+    return run
 
 
 @contextmanager

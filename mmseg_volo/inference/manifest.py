@@ -12,6 +12,7 @@ from mmengine.config import Config
 from ..errors import ConfigError
 from ..utils.files import atomic_write, sha256
 from ..utils.unwrap import bare_dataset
+from .options import model_preprocessor
 
 NAME = 'predict.jsonl'
 
@@ -19,7 +20,7 @@ NAME = 'predict.jsonl'
 def identity(config: Config, checkpoint: str, aug_test: bool, **options) -> dict:
     """Describe what determines the results: hashes of the model and pipeline config and of the checkpoint, options."""
     dataset = bare_dataset((config.get('test_dataloader') or {}).get('dataset'))
-    parts = [config.model, dataset.get('pipeline')]
+    parts = [config.model, model_preprocessor(config), dataset.get('pipeline')]
     if aug_test:
         parts += [config.get('tta_model'), config.get('tta_pipeline')]
     text = json.dumps(parts, default=str, sort_keys=True)

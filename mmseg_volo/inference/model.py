@@ -9,12 +9,14 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.registry import init_default_scope
-from mmengine.runner import CheckpointLoader, load_state_dict
+from mmengine.runner import load_state_dict
 from mmseg.registry import DATASETS
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from ..checkpoints.compatibility import check_checkpoint, check_class_names, dataset_meta_of
+from ..checkpoints.compatibility import allows_mismatch, check_checkpoint, check_class_names, dataset_meta_of
+from ..checkpoints.reading import load_checkpoint
+from ..config_check import building, check_model
 from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
 from ..utils.devices import check_device
 from ..utils.unwrap import bare_dataset
@@ -45,28 +47,34 @@ def init_model(
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading` and
             :mod:`mmseg_volo.checkpoints.compatibility`.
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, or the model's part of the config has a fault; see
+            :func:`~mmseg_volo.config_check.check_model`.
     """
     device = device or get_device()
     check_device(device)
     config = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
     if cfg_options:
         config.merge_from_dict(cfg_options)
+    check_model(config, any_classes=allows_mismatch(config.get('model')))
     if is_onnx(checkpoint):
         config, checkpoint = with_onnx(config, checkpoint, device)[0], None
-    model = mmseg.apis.init_model(config, device='cpu')
+    if 'data_preprocessor' in config:  # for a model without its own, as in mmengine's Runner
+        config.model.setdefault('data_preprocessor', config.data_preprocessor)
+    with building(config, 'model'):
+        model = mmseg.apis.init_model(config, device='cpu')
     init_default_scope(config.get('default_scope', 'mmseg'))
     known, content = dataset_meta(config), None
-    if isinstance(model.backbone, OnnxNetwork):
+    if isinstance(model.backbone, OnnxNetwork):  # has its own weights
         content = model.backbone.content
+        if known.get('classes') and not allows_mismatch(model):
+            check_class_names(dataset_meta_of(content)['classes'], known['classes'], model.backbone.path)
     elif checkpoint is not None:
-        content = CheckpointLoader.load_checkpoint(str(checkpoint), 'cpu', 'current')
-    if content is not None:
+        content = load_checkpoint(checkpoint)
         check_checkpoint(model, content, 'infer', known.get('classes'))
-        if content['state_dict']:
-            consume_prefix_in_state_dict_if_present(content['state_dict'], 'module.')
-            load_state_dict(model, content['state_dict'], logger='current')
-    model.dataset_meta = _complete(dataset_meta_of(content or {}), known, model.decode_head.num_classes)
+        consume_prefix_in_state_dict_if_present(content['state_dict'], 'module.')
+        load_state_dict(model, content['state_dict'], logger='current')
+    head = model.decode_head[-1] if isinstance(model.decode_head, nn.ModuleList) else model.decode_head
+    model.dataset_meta = _complete(dataset_meta_of(content or {}), known, head.num_classes)
     return model.to(device).eval()
 
 

@@ -12,13 +12,13 @@ from mmengine.device import get_device
 from mmseg.registry import MODELS
 from torch import nn
 
+from ..config_check import building
 from ..errors import ConfigError
 from ..models.inputs import expected_by
 from ..models.onnx import is_onnx, with_onnx
 from ..models.windows import WindowNetwork
-from ..utils.unwrap import bare_dataset
 from .model import init_model
-from .options import check_tta, set_inference_options
+from .options import check_tta, datasets_to_test, set_inference_options
 from .pipeline import LoadedImage, Pipeline
 
 
@@ -75,13 +75,15 @@ class Predictor:
         self.model, self._test_cfg = self._segmentor, config.model.get('test_cfg')
         if aug_test:
             check_tta(config)
-            self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
-        pipeline = config.tta_pipeline if aug_test else bare_dataset(config.test_dataloader.dataset).get('pipeline')
+            with building(config, 'tta_model'):
+                self.model = MODELS.build(dict(config.tta_model, module=self._segmentor)).eval()
+        pipeline = config.tta_pipeline if aug_test else datasets_to_test(config)[0].get('pipeline')
         if not pipeline:
             raise ConfigError('test_dataloader.dataset.pipeline is missing in the config: how images are prepared')
         expected = expected_by(self._segmentor)
         takes_bgr = self.channels == 3 and (expected.is_8_bit or not expected.mean)
-        self.pipeline = Pipeline(pipeline, takes_bgr)
+        with building(config, 'tta_pipeline' if aug_test else 'test_dataloader.dataset.pipeline'):
+            self.pipeline = Pipeline(pipeline, takes_bgr)
 
     def with_options(self, aug_test: bool = False, **options: str | bool | int | None) -> 'Predictor':
         """Return a predictor with other options that shares the weights of this one.

@@ -3,7 +3,6 @@
 import copy
 import importlib.util
 import json
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ..errors import CheckpointError, ConfigError
 
 STEP = 16  # height and width of dynamic inputs are multiples of this
 METADATA_KEY = 'mmseg_volo'
+_LONGEST = 2**20  # characters of the metadata
 COARSE = 'coarse_logits'  # name of the output with the decode head's logits before upsampling
 # test_cfg options that the export has fixed, or that only PyTorch has.
 SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph'
@@ -48,7 +48,7 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
     Raises:
         CheckpointError, ConfigError, FileNotFoundError: see :func:`open_onnx`.
     """
-    content = _as_checkpoint(open_onnx(path, device)[1], path)
+    content = _as_checkpoint(open_onnx(path, device)[1])
     about = content['meta']['exported']
     config = copy.deepcopy(config)
     model = config.model
@@ -76,12 +76,10 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
     return config, content
 
 
-def _as_checkpoint(about: dict, path: str | Path) -> dict:
+def _as_checkpoint(about: dict) -> dict:
     """The file's metadata in the form of a checkpoint without weights."""
-    state = OrderedDict()
-    state._metadata = {'': dict(source=str(path))}
     dataset_meta = dict(classes=about['classes'], palette=about['palette'])
-    return dict(state_dict=state, meta=dict(dataset_meta=dataset_meta, exported=about))
+    return dict(meta=dict(dataset_meta=dataset_meta, exported=about))
 
 
 def check_packages(*names: str) -> None:
@@ -127,13 +125,48 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(f'{path} was not written by tools/export.py: it has no metadata about classes')
-    about = json.loads(text)
+    about = _metadata(text, path)
     names = [about['output'], COARSE]
+    missing = set(names) - {output.name for output in session.get_outputs()}
+    if missing or [value.name for value in session.get_inputs()] != ['image']:
+        raise CheckpointError(f'{path} was not written by tools/export.py: it has other inputs or outputs')
 
     def run(image: np.ndarray, names: list[str] = names) -> list[np.ndarray]:
         return session.run(names, {'image': image})
 
     return run, about
+
+
+def _metadata(text: str, path: str | Path) -> dict:
+    """Parse and check the metadata of :func:`mmseg_volo.export.exporting.export_model`."""
+
+    def numbers(value: object, count: int | None = None) -> bool:
+        return isinstance(value, list) and count in (None, len(value)) and all(type(n) in (int, float) for n in value)
+
+    wanted = dict(
+        output=lambda v: v in ('logits', 'classes'),
+        size=lambda v: v is None or (numbers(v, 2) and all(type(n) is int and 0 < n <= 2**14 for n in v)),
+        preprocess=lambda v: isinstance(v, bool),
+        mean=lambda v: numbers(v, 3) if about['preprocess'] else v is None or numbers(v),
+        std=lambda v: numbers(v, 3) if about['preprocess'] else v is None or numbers(v),
+        classes=lambda v: isinstance(v, list) and v != [] and all(isinstance(name, str) for name in v),
+        palette=lambda v: isinstance(v, list) and all(numbers(colour, 3) for colour in v),
+        out_channels=lambda v: type(v) is int and v in (1, len(about['classes'])),
+        align_corners=lambda v: isinstance(v, bool),
+        threshold=lambda v: v is None or type(v) in (int, float),
+        swap=lambda v: isinstance(v, bool),
+    )
+    refusal = f'{path} was not written by tools/export.py:'
+    try:
+        about = json.loads(text) if len(text) < _LONGEST else None
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise CheckpointError(f'{refusal} its metadata is no JSON object')
+    wrong = next((key for key, fits in wanted.items() if key not in about or not fits(about[key])), None)
+    if wrong:
+        raise CheckpointError(f'{refusal} {wrong} in its metadata is missing or wrong')
+    return about
 
 
 @MODELS.register_module()
@@ -156,7 +189,7 @@ class OnnxNetwork(BaseModule):
         super().__init__()
         self.path, self.device = path, device
         self._run, self._about = open_onnx(path, device)
-        self.content = _as_checkpoint(self._about, path)
+        self.content = _as_checkpoint(self._about)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         size = tuple(x.shape[2:])
@@ -167,6 +200,10 @@ class OnnxNetwork(BaseModule):
         if self._about['preprocess']:
             image = self._raw(image)
         (coarse,) = self._run(np.ascontiguousarray(image.cpu().numpy()), [COARSE])
+        if coarse.ndim != 4 or coarse.shape[:2] != (len(image), self._about['out_channels']):
+            raise CheckpointError(
+                f'{self.path}: {COARSE} has the shape {coarse.shape}, which does not fit its metadata'
+            )
         rows, columns = (-(-side * of // limit) for side, of, limit in zip(size, coarse.shape[2:], padded, strict=True))
         return (torch.from_numpy(coarse[:, :, :rows, :columns]).to(x.device),)
 

@@ -5,22 +5,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
+from mmengine.model import is_model_wrapper
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder, SegDataPreProcessor, SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ..checkpoints.compatibility import check_weights
 from ..utils.devices import check_device
 from .inputs import check_images
+from .overrides import can_stream, can_stream_views, is_plain_preprocessor, is_standard, same_result, windows_suffice
+from .predictions import classes_of, complete, results_of
 from .streaming import View, axis
 from .windows import WindowNetwork
-
-# Evaluation samples every 7th pixel in both directions: 43,000 pixels of 1024 x 2048. The step is odd, so that the
-# sample has all positions between two logits, which are 4, 8 or 16 pixels apart.
-SAMPLE_STEP = 7
 
 
 @MODELS.register_module()
@@ -29,7 +29,7 @@ class StreamingEncoderDecoder(EncoderDecoder):
 
     Sliding windows run in batches, across images too, and a class map is computed one narrow band at a time: no tensor
     of C x H x W exists unless ``return_logits`` is set. Arguments are those of EncoderDecoder. ``test_cfg`` takes
-    ``mode``, ``crop_size`` and ``stride``, and also:
+    ``mode``, ``crop_size`` and ``stride``, and also the options below; it is read at each call:
 
     - ``window_batch``: windows per forward pass. The default is 2 windows of 1024 x 1024 pixels on a GPU and 1 of
       512 x 512 on a CPU, or as many smaller windows as have the same pixels. On a GPU it is halved when memory runs
@@ -48,6 +48,10 @@ class StreamingEncoderDecoder(EncoderDecoder):
     - ``allow_mismatch``: accept checkpoints of other models and load the weights that fit
       (:func:`~mmseg_volo.checkpoints.compatibility.check_weights`).
 
+    Where a subclass or an object has its own ``inference``, ``encode_decode``, ``postprocess_result`` or the like, or a
+    decode head that reads more of the images' metadata than their size, and in training mode, mmseg's own ``predict``
+    runs instead, and predictions have ``seg_logits`` (:mod:`mmseg_volo.models.overrides`).
+
     Raises:
         ValueError: an unknown precision, or a stride larger than ``crop_size``, which would leave pixels out.
         CheckpointError: on loading a checkpoint of another model.
@@ -57,6 +61,19 @@ class StreamingEncoderDecoder(EncoderDecoder):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.network = WindowNetwork(self, follows_training=True)
+        self._initialising = False
+
+    def init_weights(self) -> None:
+        """Initialise as in mmengine. Files in ``init_cfg`` load as far as they fit, but must fit a frozen segmentor.
+
+        Raises:
+            CheckpointError: a file is of another model, and no parameter requires a gradient.
+        """
+        self._initialising = any(parameter.requires_grad for parameter in self.parameters())
+        try:
+            super().init_weights()
+        finally:
+            self._initialising = False
 
     def train(self, mode: bool = True) -> nn.Module:
         """Set the mode, and release the memory of CUDA graphs."""
@@ -79,11 +96,14 @@ class StreamingEncoderDecoder(EncoderDecoder):
         return super().cuda(device)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args) -> None:
-        # mmseg's own entry points do not check checkpoints; the runner and init_model do.
+        # The runner and init_model have checked the file. mmseg's own entry points have not, and do not state the mode;
+        # weights are initialised for training only.
         if not prefix:
-            check_weights(self, state_dict, 'infer')
+            training = self._initialising or (self.is_init and self.training)
+            check_weights(self, state_dict, 'train' if training else 'infer')
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
+    @same_result
     def test_step(self, data: dict | tuple | list) -> SampleList:
         """Predict a batch from the data loader, as in mmengine.
 
@@ -92,11 +112,11 @@ class StreamingEncoderDecoder(EncoderDecoder):
         """
         if isinstance(data, dict):
             check_images(self, data.get('inputs', ()), data.get('data_samples'))
-        return super().test_step(data)
+        return _by_size(super().test_step, data)
 
     val_step = test_step  # as in mmengine, with the same check
 
-    @torch.no_grad()
+    @same_result
     def predict(self, inputs: Tensor, data_samples: SampleList | None = None) -> SampleList:
         """Predict class ids for a batch of preprocessed images (N, 3, H, W).
 
@@ -105,23 +125,40 @@ class StreamingEncoderDecoder(EncoderDecoder):
             with one output channel, as in mmseg), and with ``seg_confidence`` and ``seg_logits`` if ``test_cfg`` asks
             for them.
         """
+        if not can_stream(self):
+            with self.network.options():
+                samples = super().predict(inputs, data_samples)
+            for sample in samples:
+                complete(self.network, sample, average=False)
+            if self.network.progress:
+                self.network.progress(1, 1)
+            return samples
         if data_samples is None:
             data_samples = [SegDataSample() for _ in inputs]
         views = [[_view(self, sample, image)] for image, sample in zip(inputs, data_samples, strict=True)]
-        for sample, result in zip(data_samples, _results(self, self.network, views), strict=True):
+        for sample, result in zip(data_samples, results_of(self, self.network, views), strict=True):
             sample.set_data(result)
         return data_samples
 
+    @same_result
     def slide_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
         """Logits (N, C, H, W) of preprocessed images (N, 3, H, W); overlapping windows are averaged."""
-        return self._logits(inputs)
+        if not self._streams('slide_inference'):
+            return super().slide_inference(inputs, batch_img_metas)
+        return self._logits(inputs, 'slide')
 
+    @same_result
     def whole_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
         """Logits (N, C, H, W) of preprocessed images (N, 3, H, W)."""
-        return self._logits(inputs)
+        if not self._streams('whole_inference'):
+            return super().whole_inference(inputs, batch_img_metas)
+        return self._logits(inputs, 'whole')
 
-    def _logits(self, inputs: Tensor) -> Tensor:
-        views = [[_view(self, SegDataSample(), image)] for image in inputs]
+    def _streams(self, name: str) -> bool:
+        return windows_suffice(self) and is_standard(self, name, below=StreamingEncoderDecoder)
+
+    def _logits(self, inputs: Tensor, mode: str) -> Tensor:
+        views = [[_view(self, SegDataSample(), image, mode=mode)] for image in inputs]
         logits = inputs.new_empty(len(inputs), self.out_channels, *inputs.shape[2:])
         with self.network.running():
             for n, along, across, tiles in self.network.stream(views):
@@ -138,35 +175,49 @@ class StreamingTTAModel(SegTTAModel):
     result is the average of probabilities, as in mmseg. With ``test_cfg.return_logits``, ``seg_logits`` (C, H, W) is
     this average; ``seg_confidence`` is as in :class:`StreamingEncoderDecoder`.
 
-    Args:
-        module: an :class:`EncoderDecoder` of this package or mmseg, or its config.
-        sigmoid_twice: for heads with one output channel. mmseg's SegTTAModel applies a second sigmoid to the output of
-            ``predict``, so that no value is below 0.5. True gives mmseg's result; False averages the probabilities.
+    Where a subclass or an object has its own ``merge_preds``, or ``module`` cannot stream or has forward hooks, each
+    view runs through ``module.test_step`` and ``merge_preds`` merges them, as in mmengine.
 
-    Raises:
-        TypeError: ``module`` is another kind of model.
+    Args:
+        module: an :class:`EncoderDecoder` of this package or mmseg, or another segmentor, or its config; it may be in a
+            wrapper such as MMDistributedDataParallel. It may be replaced later.
+        sigmoid_twice: for heads with one output channel. mmseg's SegTTAModel applies a second sigmoid to the output of
+            ``predict``, so that no value is below 0.5. True does the same; False averages the probabilities.
     """
 
     def __init__(
-        self, module: nn.Module | dict, data_preprocessor: nn.Module | dict | None = None, sigmoid_twice: bool = True
+        self, module: nn.Module | dict, data_preprocessor: nn.Module | dict | None = None, sigmoid_twice: bool = False
     ):
         super().__init__(module, data_preprocessor)
-        if not isinstance(self.module, EncoderDecoder):
-            raise TypeError(
-                f'StreamingTTAModel needs an EncoderDecoder, got {type(self.module).__name__}; use SegTTAModel with it'
-            )
         self.sigmoid_twice = sigmoid_twice
-        if self.module.out_channels == 1 and sigmoid_twice and self.module.decode_head.threshold <= 0.5:
+        self._network: WindowNetwork | None = None  # of a segmentor that has none of its own
+        head = getattr(self.segmentor, 'decode_head', None)
+        if sigmoid_twice and getattr(head, 'out_channels', None) == 1 and head.threshold <= 0.5:
             warnings.warn(
                 "as in mmseg's SegTTAModel, the sigmoid is applied twice, so every pixel is over the threshold "
-                f'{self.module.decode_head.threshold}; tta_model=dict(sigmoid_twice=False) averages the probabilities',
+                f'{head.threshold}; without sigmoid_twice=True, the probabilities are averaged',
                 stacklevel=2,
             )
-        own = isinstance(self.module, StreamingEncoderDecoder)
-        self.network = self.module.network if own else WindowNetwork(self.module)
 
-    @torch.no_grad()
-    def test_step(self, data: dict) -> SampleList:
+    @property
+    def segmentor(self) -> nn.Module:
+        """``module`` without its wrapper."""
+        segmentor = self.module
+        while is_model_wrapper(segmentor):
+            segmentor = segmentor.module
+        return segmentor
+
+    @property
+    def network(self) -> WindowNetwork | None:
+        """The network of the segmentor that ``module`` is now; None if that is no EncoderDecoder."""
+        segmentor = self.segmentor
+        if isinstance(segmentor, StreamingEncoderDecoder):
+            return segmentor.network
+        if isinstance(segmentor, EncoderDecoder) and getattr(self._network, 'segmentor', None) is not segmentor:
+            self._network = WindowNetwork(segmentor)
+        return self._network if isinstance(segmentor, EncoderDecoder) else None
+
+    def test_step(self, data: dict | tuple | list) -> SampleList:
         """Predict images from their views.
 
         Args:
@@ -176,28 +227,88 @@ class StreamingTTAModel(SegTTAModel):
         Returns:
             The data sample of each image's first view, with the merged prediction.
         """
+        streams = isinstance(data, dict) and is_standard(self, 'merge_preds') and can_stream_views(self.segmentor)
+        if streams and not isinstance(self.module, FullyShardedDataParallel):  # which gathers weights in its forward
+            return self._streamed(data)
+        return self._view_by_view(data)
+
+    @same_result
+    def merge_preds(self, data_samples_list: Sequence[SampleList]) -> SampleList:
+        """Merge the predictions of each image's views, which have ``seg_logits``.
+
+        Returns:
+            The data sample of each image's first view, with the merged prediction; its ``seg_logits`` are the average.
+        """
+        several = self.segmentor.out_channels > 1
+        for samples in data_samples_list:
+            scores = [sample.seg_logits.data for sample in samples]
+            if several:
+                scores = [one.softmax(0) for one in scores]
+            elif self.sigmoid_twice:
+                scores = [one.sigmoid() for one in scores]
+            average = sum(scores) / len(scores)
+            classes = classes_of(self.segmentor, average, dim=0)
+            samples[0].set_data(dict(pred_sem_seg=PixelData(data=classes), seg_logits=PixelData(data=average)))
+        return [samples[0] for samples in data_samples_list]
+
+    def _view_by_view(self, data: dict | tuple | list) -> SampleList:
+        network = self.network
+        if network is None:
+            return super().test_step(data)
+        sampled = network.sampled
+        network.logits, network.sampled = True, False
+        try:
+            with network.options():
+                merged = super().test_step(data)
+        finally:
+            network.logits, network.sampled = False, sampled
+        if is_standard(self, 'merge_preds'):
+            for sample in merged:
+                complete(network, sample, average=True)
+                if not (network.segmentor.test_cfg or {}).get('return_logits'):
+                    del sample.seg_logits
+        return merged
+
+    @torch.no_grad()
+    def _streamed(self, data: dict) -> SampleList:
         views: list[list[View]] = [[] for _ in data['inputs'][0]]
         for inputs, samples in zip(data['inputs'], data['data_samples'], strict=True):
-            check_images(self.module, inputs, samples)
+            check_images(self.segmentor, inputs, samples)
             for n, view in enumerate(self._views(inputs, samples)):
                 views[n].append(view)
         samples = data['data_samples'][0]
-        results = _results(self.module, self.network, views, average=True, sigmoid_twice=self.sigmoid_twice)
+        results = results_of(self.segmentor, self.network, views, average=True, sigmoid_twice=self.sigmoid_twice)
         for sample, result in zip(samples, results, strict=True):
             sample.set_data(result)
         return samples
 
     def _views(self, inputs: Sequence[Tensor], samples: SampleList) -> list[View]:
-        preprocessor = self.module.data_preprocessor
-        if type(preprocessor) is SegDataPreProcessor:
+        preprocessor = self.segmentor.data_preprocessor
+        if is_plain_preprocessor(preprocessor):
             # It is pixel-wise: applied to windows, it leaves the view in 8 bits.
             crops = [_prepared_crops(preprocessor, image) for image in inputs]
-            return [_view(self.module, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
-        prepared = preprocessor(dict(inputs=inputs, data_samples=samples), False)
-        return [
-            _view(self.module, sample, image)
-            for sample, image in zip(prepared['data_samples'], prepared['inputs'], strict=True)
+            return [_view(self.segmentor, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
+        # One by one: it may stack a batch, which takes images of one size only.
+        prepared = [
+            preprocessor(dict(inputs=[image], data_samples=[sample]), False)
+            for image, sample in zip(inputs, samples, strict=True)
         ]
+        return [_view(self.segmentor, one['data_samples'][0], one['inputs'][0]) for one in prepared]
+
+
+def _by_size(step: Callable, data: dict | tuple | list) -> SampleList:
+    """Run ``step`` for the images of each size: mmseg's data preprocessor stacks a batch, which needs one size."""
+    images = data.get('inputs') if isinstance(data, dict) else None
+    shapes = [tuple(image.shape) for image in images] if isinstance(images, (list, tuple)) else []
+    if len(set(shapes)) < 2:
+        return step(data)
+    results: list[SegDataSample | None] = [None] * len(shapes)
+    for shape in dict.fromkeys(shapes):
+        chosen = [i for i, other in enumerate(shapes) if other == shape]
+        found = step({key: [values[i] for i in chosen] if values else values for key, values in data.items()})
+        for i, result in zip(chosen, found, strict=True):
+            results[i] = result
+    return results
 
 
 def _view(
@@ -206,8 +317,12 @@ def _view(
     image: Tensor | Callable,
     shape: tuple[int, int] | None = None,
     padding: Sequence[int] | None = None,
+    mode: str | None = None,
 ) -> View:
-    """The view that a data sample describes; of a preprocessed image (3, H, W), or of a crop function and a shape."""
+    """The view that a data sample describes; of a preprocessed image (3, H, W), or of a crop function and a shape.
+
+    ``mode`` is 'slide' or 'whole', by default that of ``test_cfg``.
+    """
     if isinstance(image, Tensor):
         shape = tuple(image.shape[-2:])
         crop = lambda top, left, height, width: image[:, top : top + height, left : left + width]  # noqa: E731
@@ -222,7 +337,7 @@ def _view(
     if flip not in (None, 'horizontal', 'vertical'):
         raise ValueError(f"flip_direction must be 'horizontal' or 'vertical', got {flip!r}")
     shape, right, bottom, crop = _enlarged(segmentor, shape, right, bottom, crop)
-    window, stride = _windows(segmentor, shape)
+    window, stride = _windows(segmentor, shape, mode)
     align = bool(segmentor.align_corners)
     rows = axis(shape[0], window[0], stride[0], out[0], top, bottom, flip == 'vertical', align)
     columns = axis(shape[1], window[1], stride[1], out[1], left, right, flip == 'horizontal', align)
@@ -246,10 +361,12 @@ def _enlarged(
     return (shape[0] + below, shape[1] + beside), right + beside, bottom + below, enlarged
 
 
-def _windows(segmentor: EncoderDecoder, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def _windows(
+    segmentor: EncoderDecoder, shape: tuple[int, int], mode: str | None = None
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Size and stride of the windows in a view of this shape; one window in mode 'whole'."""
     cfg = segmentor.test_cfg
-    mode = cfg.get('mode', 'whole')
+    mode = mode or cfg.get('mode', 'whole')
     if mode == 'whole':
         return shape, shape
     if mode != 'slide':
@@ -293,73 +410,3 @@ def _uploaded(image: Tensor, device: torch.device) -> Tensor:
     if image.device.type == 'cpu' and torch.device(device).type == 'cuda':
         image = image.pin_memory()
     return image.to(device, non_blocking=True)
-
-
-def _results(
-    segmentor: EncoderDecoder,
-    network: WindowNetwork,
-    images: list[list[View]],
-    average: bool = False,
-    sigmoid_twice: bool = False,
-) -> list[dict[str, PixelData]]:
-    """Class ids of each image, given by its views, and confidence and logits if ``test_cfg`` asks for them.
-
-    ``average`` averages the probabilities of the views, as ``SegTTAModel`` does; without it each image has one view. If
-    ``network.sampled`` is set, the results have ``sampled_probabilities``, or without ``average`` ``sampled_logits``,
-    (C, ceil(H / SAMPLE_STEP), ceil(W / SAMPLE_STEP)).
-    """
-    C, cfg = segmentor.out_channels, segmentor.test_cfg
-    device = network.device
-    sample = 'sampled_probabilities' if average else 'sampled_logits'
-    maps: list[dict[str, Tensor]] = []
-    for views in images:
-        shape = views[0].shape
-        found = dict(pred_sem_seg=torch.empty(1, *shape, dtype=torch.int64 if C > 1 else torch.float32, device=device))
-        if cfg.get('confidence'):
-            found['seg_confidence'] = torch.empty(1, *shape, device=device)
-        if cfg.get('return_logits'):
-            found['seg_logits'] = torch.empty(C, *shape, device=device)
-        if network.sampled:
-            sizes = [-(-size // SAMPLE_STEP) for size in shape]
-            found[sample] = torch.empty(C, *sizes, device=device)
-        maps.append(found)
-
-    with network.running():
-        for n, along, across, tiles in network.stream(images):
-            found = {name: data.mT if images[n][0].transposed else data for name, data in maps[n].items()}
-            scores = None  # (R, C, T): logits, or probabilities summed over views
-            for logits in tiles:
-                score = logits
-                if C == 1:
-                    score = score.sigmoid()
-                    if average and sigmoid_twice:
-                        score = score.sigmoid()
-                elif average:
-                    score = score.softmax(1)
-                scores = score if scores is None else scores.add_(score)
-            if average:
-                scores /= len(images[n])
-            if C == 1:
-                classes = (scores > segmentor.decode_head.threshold).to(scores)
-            else:
-                classes = scores.argmax(1, keepdim=True)
-            found['pred_sem_seg'][0, along, across] = classes[:, 0]
-            if sample in found:
-                (rows, to_rows), (columns, to_columns) = map(_sampled, (along, across))
-                source = scores if average else logits
-                found[sample][:, to_rows, to_columns] = source[rows, :, columns].transpose(0, 1)
-            if 'seg_logits' in found:
-                found['seg_logits'][:, along, across] = scores.transpose(0, 1)
-            if 'seg_confidence' in found:
-                if C == 1:
-                    found['seg_confidence'][0, along, across] = torch.where(classes > 0, scores, 1 - scores)[:, 0]
-                else:
-                    probabilities = scores if average else scores.softmax(1)
-                    found['seg_confidence'][0, along, across] = probabilities.amax(1)
-    return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]
-
-
-def _sampled(tile: slice) -> tuple[slice, slice]:
-    """The sampled pixels of a tile along one axis, and their indices in the sample."""
-    first = -(-tile.start // SAMPLE_STEP)
-    return slice(first * SAMPLE_STEP - tile.start, None, SAMPLE_STEP), slice(first, -(-tile.stop // SAMPLE_STEP))

@@ -13,9 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmcv.cnn.bricks import DropPath
 from mmengine.logging import print_log
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmseg.registry import MODELS
 from torch import nn
 from torch.nn.init import trunc_normal_
@@ -23,8 +22,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import load_backbone
-from ..ops import outlook_attention
-from ..ops.layers import ConvNormReLU, LayerNorm, Linear
+from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear, is_traced
+from ..ops.sizes import attend, padded, resize_pos_embed, without_padding
 
 # `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
 ARCHS = {
@@ -38,6 +37,10 @@ OUTLOOK = dict(kernel_size=3, stride=2, padding=1)
 PATCH = 8  # pixels per token in the Outlooker stage
 STRIDE = 16  # pixels per token in the transformer stages
 _CACHED_GRIDS = 16  # resized position embeddings cached in eval mode; ten test views need at most ten
+
+# A graph of `torch.fx` calls these functions and does not look inside, so that it takes images of any size.
+for _name in ('attend', 'padded', 'resize_pos_embed', 'without_padding'):
+    torch.fx.wrap(_name)
 
 
 class OutlookAttention(nn.Module):
@@ -59,15 +62,7 @@ class OutlookAttention(nn.Module):
         K = self.kernel_size**2
         pooled = F.avg_pool2d(x.permute(0, 3, 1, 2), self.stride, self.stride, ceil_mode=True).permute(0, 2, 3, 1)
         logits = self.attn(pooled).unflatten(-1, (self.heads, K, K))  # B, h, w, M, K, K
-        x = outlook_attention(
-            self.v(x),
-            logits,
-            scale=self.scale,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            impl=self.impl,
-        )
+        x = attend(self.v(x), logits, self.scale, self.kernel_size, self.stride, self.padding, self.impl)
         return self.proj(x)
 
 
@@ -146,15 +141,6 @@ class Downsample(nn.Module):
         return self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
 
 
-def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resize a position embedding (1, h, w, C) to ``grid`` bicubically; return it unchanged if it has that size."""
-    if tuple(pos_embed.shape[1:3]) == tuple(grid):
-        return pos_embed
-    # In float32: not every device has a half-precision kernel, and half precision would lose pretrained digits.
-    resized = F.interpolate(pos_embed.float().permute(0, 3, 1, 2), grid, mode='bicubic', align_corners=False)
-    return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
-
-
 def call_block(block: Block, x: torch.Tensor) -> torch.Tensor:
     """Call a block; compiling this function compiles all blocks at once."""
     return block(x)
@@ -165,11 +151,18 @@ def call_stem(stem: PatchEmbed, x: torch.Tensor) -> torch.Tensor:
     return stem(x)
 
 
+class _ScriptTracer(torch.fx.Tracer):
+    """Keep stochastic depth as a module, since TorchScript can switch it with ``train()`` and ``eval()``."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, DropPath) or super().is_leaf_module(m, module_qualified_name)
+
+
 @MODELS.register_module()
 class VOLO(BaseModule):
     """VOLO backbone: an Outlooker stage at stride 8, then transformer stages at stride 16.
 
-    Takes (B, in_channels, H, W) with any H, W >= 32; zeros are added at the right and the bottom up to multiples of 16.
+    Takes (B, in_channels, H, W); zeros are added at the right and the bottom up to multiples of 16, and to at least 32.
     Returns a tuple of (B, C_i, H_i, W_i), one for each of ``out_indices``: H_i = ceil(H / 8) for index 0 and
     ceil(H / 16) for the others.
 
@@ -179,7 +172,8 @@ class VOLO(BaseModule):
         in_channels: channels of the image.
         img_size: side in pixels, or (height, width), of the images that ``pos_embed`` is made for. For other sizes each
             forward resizes it.
-        out_indices: stages to return, ascending; stages after the last one are not built.
+        out_indices: stages to return, ascending, or the one stage to return; -1 is the last stage, -2 the one before.
+            Stages after the last one returned are not built.
         out_norm: apply a LayerNorm to each returned map. The last stage has the pretrained ``norm``; the others
             (``norm0``, ...) start as identity. False returns the raw stage outputs.
         drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks and skips the Outlookers.
@@ -188,11 +182,13 @@ class VOLO(BaseModule):
             mode. The downsample and ``pos_embed`` belong to the second stage.
         norm_eval: keep the stem's batch norms in eval mode during training.
         with_cp: use activation checkpointing in each block when gradients are recorded.
+        pretrained: a file for ``init_cfg``; mmseg sets it to the segmentor's argument ``pretrained``.
         init_cfg: None for random weights, or ``dict(type='Pretrained', checkpoint=...)``; see
-            :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
+            :func:`mmseg_volo.checkpoints.pretrained.load_backbone`. As in mmengine, it may also be another initializer,
+            or a list, of which the pretrained weights are loaded last.
 
     Raises:
-        ValueError: unknown ``arch``, or inconsistent numbers.
+        ValueError: unknown ``arch``, or inconsistent arguments.
     """
 
     arch_settings = ARCHS
@@ -203,16 +199,19 @@ class VOLO(BaseModule):
         arch: str | dict = 'd1',
         in_channels: int = 3,
         img_size: int | tuple[int, int] = 224,
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | int = (0, 1, 2, 3),
         out_norm: bool = True,
         drop_path_rate: float = 0.0,
         norm_cfg: dict | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        init_cfg: dict | None = None,
+        pretrained: str | None = None,
+        init_cfg: dict | list[dict] | None = None,
     ):
-        super().__init__(init_cfg)
+        if pretrained is not None and init_cfg:
+            raise ValueError('pretrained and init_cfg cannot both be given: pretrained means a Pretrained init_cfg')
+        super().__init__(init_cfg if pretrained is None else dict(type='Pretrained', checkpoint=pretrained))
         self.arch = arch if isinstance(arch, str) else 'custom'
         spec = _arch_numbers(arch)
         depths, dims, heads, ratios = spec['depths'], spec['dims'], spec['heads'], spec['mlp_ratios']
@@ -246,7 +245,7 @@ class VOLO(BaseModule):
         # Compiled :func:`call_block` and :func:`call_stem`, by module type; empty: modules are called directly.
         self.calls: dict[type, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {}
         self._grids: dict[tuple[int, int], torch.Tensor] = {}
-        self._grids_source: tuple = (None, None)
+        self._resized_from: torch.Tensor | None = None  # the values of `pos_embed` that `_grids` were resized from
         self._freeze()
 
     def _norm_name(self, index: int) -> str:
@@ -258,15 +257,28 @@ class VOLO(BaseModule):
     def init_weights(self) -> None:
         """Load the pretrained weights of ``init_cfg``, or initialise randomly as the official code does.
 
+        As in mmengine, only the first call does so.
+
         Raises:
             CheckpointError, FileNotFoundError: see :func:`mmseg_volo.checkpoints.pretrained.load_backbone`.
         """
-        if self.init_cfg and self.init_cfg.get('type') == 'Pretrained':
-            load_backbone(self, self.init_cfg['checkpoint'])
+        if self.is_init:
+            super().init_weights()  # warns
             return
-        if self.init_cfg:
+        given = self.init_cfg
+        configs = [given] if isinstance(given, dict) else list(given or ())
+        pretrained = [one for one in configs if one['type'] in ('Pretrained', PretrainedInit)]
+        if others := [one for one in configs if one not in pretrained]:
+            self.init_cfg = others
             super().init_weights()
-            return
+            self.init_cfg = given
+        elif not pretrained:
+            self._init_randomly()
+        for one in pretrained:
+            load_backbone(self, one['checkpoint'], one.get('prefix'))
+        self._is_init = True
+
+    def _init_randomly(self) -> None:
         print_log('VOLO starts from random weights: no pretrained checkpoint is configured', logger='current')
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -277,29 +289,28 @@ class VOLO(BaseModule):
             trunc_normal_(self.pos_embed, std=0.02)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        H, W = x.shape[-2:]
-        bottom, right = (-side % STRIDE if side >= self.smallest else self.smallest - side for side in (H, W))
-        padded = bottom or right
-        if padded:
-            x = F.pad(x, (0, right, 0, bottom))
-        x = self._run(self.patch_embed, x)
+        H, W = x.shape[-2], x.shape[-1]
+        x = self._run(self.patch_embed, padded(x, STRIDE, self.smallest))
         outs = []
         for i in range(self.out_indices[-1] + 1):
             if i == 1:  # from stride 8 to stride 16
                 x = self.network[1](x)
                 # As in the official code, autocast makes the residual stream float32 from here on.
-                x = x + self._pos_embed_for(tuple(x.shape[1:3]))
+                x = x + self._pos_embed_for((x.shape[1], x.shape[2]))
             for block in self._stage(i):
                 x = self._run(block, x)
             if i in self.out_indices:
-                out = x
-                if padded:  # drop rows and columns that hold padding only
-                    stride = STRIDE if i else PATCH
-                    out = x[:, : -(-H // stride), : -(-W // stride)]
+                out = without_padding(x, H, W, STRIDE if i else PATCH, STRIDE, self.smallest)
                 if self.out_norm:
                     out = getattr(self, self._norm_name(i))(out)
                 outs.append(out.permute(0, 3, 1, 2))
         return tuple(outs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` compiles: a graph of plain layers with the same parameters, for any image size."""
+        graph = _ScriptTracer().trace(self)
+        next(reversed(graph.nodes)).type = None  # TorchScript knows no tuples of any length
+        return torch.fx.GraphModule(self, graph)
 
     def _run(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if self.with_cp and torch.is_grad_enabled() and isinstance(part, Block):
@@ -308,17 +319,19 @@ class VOLO(BaseModule):
         return call(part, x) if call else part(x)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """``pos_embed`` resized to a token grid; cached in eval mode without gradients."""
+        """``pos_embed`` resized to a token grid; on a CPU in eval mode without gradients the last sizes are cached."""
         pos_embed = self.pos_embed
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        # On a GPU resizing takes microseconds, and comparing the values would wait for the device.
+        uncached = is_traced(grid[0]) or self.training or torch.is_grad_enabled() or not pos_embed.is_cpu
+        if uncached or tuple(pos_embed.shape[1:3]) == grid:
             return resize_pos_embed(pos_embed, grid)
-        # Detect changed weights: an in-place update changes the version, a move changes the address. The reference to
-        # the parameter prevents the reuse of its address.
-        source = (pos_embed.data_ptr(), 0 if pos_embed.is_inference() else pos_embed._version)
-        cached, cached_source = self._grids_source
-        if cached is not pos_embed or cached_source != source or len(self._grids) >= _CACHED_GRIDS:
-            self._grids, self._grids_source = {}, (pos_embed, source)
+        # Compare the values: writing to `pos_embed.data`, as mmengine's EMAHook does, leaves no other trace.
+        known = self._resized_from
+        if known is None or known.dtype != pos_embed.dtype or not torch.equal(known, pos_embed):
+            self._grids, self._resized_from = {}, pos_embed.detach().clone()
         if grid not in self._grids:
+            if len(self._grids) >= _CACHED_GRIDS:
+                self._grids.clear()
             self._grids[grid] = resize_pos_embed(pos_embed, grid)
         return self._grids[grid]
 
@@ -353,7 +366,7 @@ class VOLO(BaseModule):
         # Accept weights that were trained for another image size.
         key = f'{prefix}pos_embed'
         given = state_dict.get(key)
-        if given is not None and hasattr(self, 'pos_embed') and given.dim() == 4:
+        if isinstance(given, torch.Tensor) and hasattr(self, 'pos_embed') and given.dim() == 4:
             state_dict[key] = resize_pos_embed(given, self.pos_embed.shape[1:3])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -409,11 +422,12 @@ def _arch_numbers(arch: str | dict) -> dict:
     return spec
 
 
-def _checked_indices(out_indices: Sequence[int], stages: int) -> tuple[int, ...]:
-    indices = tuple(out_indices)
-    if not indices or list(indices) != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= stages:
+def _checked_indices(out_indices: Sequence[int] | int, stages: int) -> tuple[int, ...]:
+    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
+    indices = [index + stages if index < 0 else index for index in given]
+    if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= stages:
         raise ValueError(f'out_indices must be ascending, without repeats, within 0..{stages - 1}; got {out_indices}')
-    return indices
+    return tuple(indices)
 
 
 def _usable_norm(norm_cfg: dict | None) -> dict:

@@ -8,10 +8,10 @@ from types import FunctionType
 
 import torch
 from mmseg.models import EncoderDecoder
-from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from .graphs import Graphs, HalfWeights, can_capture, mark_of
+from .overrides import has_plain_head, is_standard
 from .streaming import View, stream
 from .volo import VOLO, Block, PatchEmbed, call_block, call_stem
 
@@ -38,17 +38,17 @@ class WindowNetwork:
         self.progress: Callable[[int, int], None] | None = None
         # Whether predictions have the logits of every SAMPLE_STEP-th pixel; evaluation sets it.
         self.sampled = False
+        # Whether predictions have all logits, whatever `test_cfg` says; test-time augmentation sets it.
+        self.logits = False
         self.graphs = Graphs()
         self._done, self._total = 0, 0
         self._fits: dict[tuple[int, int], int] = {}  # reduced batch size after an out-of-memory error, by window shape
         self._compiled: dict[tuple, Callable] = {}
         self._weights: HalfWeights | None = None  # weights of the current images, if they may use graphs
-        # Plain heads return logits before the resize, which is then part of the streaming. Other heads and cascades
-        # resize them on their own.
-        self._plain = has_plain_head(segmentor)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, '_compiled': {}}  # a copy compiles its own functions
+        # A copy compiles its own functions, casts its own weights and reports to nobody.
+        return {**self.__dict__, '_compiled': {}, '_weights': None, 'progress': None}
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +63,13 @@ class WindowNetwork:
     @contextmanager
     def running(self):
         """Context for all windows of one call: set the options once, and use full precision outside the network."""
-        cfg = self.segmentor.test_cfg
+        with self.options(), torch.autocast(self.device.type, enabled=False):
+            yield
+
+    @contextmanager
+    def options(self):
+        """Context in which the network has the options of ``test_cfg``."""
+        cfg = self.segmentor.test_cfg or {}
         precision = cfg.get('precision')
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f'test_cfg.precision must be one of {", ".join(PRECISIONS)}, got {precision!r}')
@@ -75,28 +81,31 @@ class WindowNetwork:
         enabled = outer if precision is None else precision != 'fp32'
         dtype = torch.get_autocast_dtype(kind) if precision in (None, 'fp32') else PRECISIONS[precision]
         self._autocast = dict(device_type=kind, enabled=enabled, dtype=dtype)
+        # Plain heads return logits before the resize, which is then part of the streaming. Other heads and cascades
+        # resize them on their own.
+        self._plain = has_plain_head(self.segmentor)
         mark = mark_of(self.segmentor) if self._may_use_graphs(device) else None
         self.graphs.follow(mark, device)
         self._uses_graphs, self._weights = mark is not None, None
         if self._uses_graphs and enabled:
             self._weights = self.graphs.weights(self.segmentor, dtype, without=(PatchEmbed,))
-        # Autocast caches cast weights until the outermost context ends: with this one they are cast once per call. The
-        # inner context disables autocast for what follows the network.
-        with self._compiled_parts(), torch.autocast(**self._autocast), torch.autocast(kind, enabled=False):
+        # Autocast caches cast weights until the outermost context ends: with this one they are cast once per call.
+        with self._compiled_parts(), torch.autocast(**self._autocast):
             yield
 
     @contextmanager
     def _compiled_parts(self):
         """Let VOLO call its blocks and its stem compiled, if ``test_cfg`` asks for it."""
         backbone = self.segmentor.backbone
-        if not self.segmentor.test_cfg.get('compile') or not isinstance(backbone, VOLO):
+        if not (self.segmentor.test_cfg or {}).get('compile') or not isinstance(backbone, VOLO):
             yield
             return
+        before = backbone.calls
         backbone.calls = {Block: self._compile(call_block), PatchEmbed: self._compile(call_stem)}
         try:
             yield
         finally:
-            backbone.calls = {}
+            backbone.calls = before
 
     def _compile(self, function: Callable) -> Callable:
         """Compile a copy of the function for this network and precision, for windows of any size.
@@ -116,10 +125,11 @@ class WindowNetwork:
 
     def _may_use_graphs(self, device: torch.device) -> bool:
         """Whether the device, the segmentor and ``test_cfg`` allow graphs."""
-        cfg, segmentor = self.segmentor.test_cfg, self.segmentor
+        cfg, segmentor = self.segmentor.test_cfg or {}, self.segmentor
         wanted = cfg.get('cuda_graph')
         if wanted is None:
-            wanted = self._plain and isinstance(segmentor.backbone, VOLO) and not cfg.get('compile')
+            own_steps = self._plain and is_standard(segmentor, 'extract_feat')  # no other code, which may have a state
+            wanted = own_steps and isinstance(segmentor.backbone, VOLO) and not cfg.get('compile')
         usable = self._follows_training and can_capture(device) and not self.graphs.refused
         return bool(wanted) and usable and not torch.is_grad_enabled()
 
@@ -197,7 +207,7 @@ class WindowNetwork:
 
     def _forward(self, windows: Tensor) -> Tensor:
         if self._plain:
-            return self.segmentor.decode_head(self.segmentor.extract_feat(windows))
+            return self.segmentor.decode_head.forward(self.segmentor.extract_feat(windows))
         shape = windows.shape[2:]
         meta = dict(img_shape=shape, pad_shape=shape, ori_shape=tuple(shape))
         return self.segmentor.encode_decode(windows, [dict(meta) for _ in windows])
@@ -205,17 +215,6 @@ class WindowNetwork:
 
 def _call_network(network: WindowNetwork, windows: Tensor) -> Tensor:
     return network._forward(windows)
-
-
-def has_plain_head(segmentor: EncoderDecoder) -> bool:
-    """Whether the segmentor's logits are those of one decode head, resized as in mmseg."""
-    head = segmentor.decode_head
-    return (
-        type(segmentor).encode_decode is EncoderDecoder.encode_decode
-        and isinstance(head, BaseDecodeHead)
-        and type(head).predict is BaseDecodeHead.predict
-        and type(head).predict_by_feat is BaseDecodeHead.predict_by_feat
-    )
 
 
 def _trim_heap() -> None:

@@ -2,9 +2,20 @@
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks import drop
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+
+def is_symbolic(value: object) -> bool:
+    """Whether ``torch.fx`` traces with this value in place of a tensor or a number, so that it cannot be looked at."""
+    return isinstance(value, torch.fx.Proxy)
+
+
+def is_traced(value: object) -> bool:
+    """Whether PyTorch records the operations on this value; plain ones are then best."""
+    return is_symbolic(value) or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 class Linear(nn.Linear):
@@ -15,8 +26,7 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = x.device.type != 'cpu' or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu')
-        if plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced(x) or x.device.type != 'cpu' or x.dtype != torch.float32 or torch.is_autocast_enabled('cpu'):
             return F.linear(x, self.weight, self.bias)
         rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
         out = F.conv2d(rows, self.weight[:, :, None, None], self.bias)
@@ -32,11 +42,22 @@ class LayerNorm(nn.LayerNorm):
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = not x.is_cuda or x.dtype == torch.float32 or torch.is_grad_enabled()
+        plain = is_symbolic(x) or not x.is_cuda or x.dtype == torch.float32 or torch.is_grad_enabled()
         if plain or not torch.is_autocast_enabled('cuda'):
             return super().forward(x)
         with torch.autocast('cuda', enabled=False):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class DropPath(drop.DropPath):
+    """mmcv's stochastic depth with the same random numbers, for maps (B, H, W, C); TorchScript can compile it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        kept = (keep + x.new_empty((x.shape[0], 1, 1, 1)).uniform_()).floor()
+        return x.div(keep) * kept
 
 
 class ConvNormReLU(nn.Sequential):
@@ -59,7 +80,6 @@ class ConvNormReLU(nn.Sequential):
         return x
 
     def _can_fold(self, x: torch.Tensor) -> bool:
-        plain = x.device.type == 'cpu' and not torch.is_grad_enabled()
-        if not plain or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if is_traced(x) or x.device.type != 'cpu' or torch.is_grad_enabled():
             return False
         return all(isinstance(n, _BatchNorm) and not n.training and n.track_running_stats for n in self[1::3])

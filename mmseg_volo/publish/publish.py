@@ -18,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import nn
 
 from ..checkpoints.compatibility import compare, dataset_meta_of
+from ..checkpoints.content import as_checkpoint
 from ..checkpoints.reading import load_from_local
 from ..checkpoints.writing import save
 from ..errors import CheckpointError, ConfigError, SaveError
@@ -94,7 +95,7 @@ def publish(
     if out.exists() and not out.is_dir():
         raise ConfigError(f'{out} is a file; give a folder')
 
-    content = load_from_local(str(checkpoint), 'cpu')
+    content = as_checkpoint(load_from_local(str(checkpoint), 'cpu'))
     state, meta = content['state_dict'], content['meta']
     if not any(str(key).removeprefix('module.').startswith('decode_head.') for key in state):
         raise CheckpointError(
@@ -290,7 +291,7 @@ def _same_model(file: Path, weights: Mapping[str, torch.Tensor]) -> bool:
     if not re.search(r'-[0-9a-f]{8}\.(pth|safetensors)$', file.name) or sha256(file)[:8] not in file.name:
         return False
     try:
-        state = load_from_local(str(file), 'cpu')['state_dict']
+        state = as_checkpoint(load_from_local(str(file), 'cpu'))['state_dict']
     except (CheckpointError, OSError):
         return False
     return state.keys() == weights.keys() and all(torch.equal(value, weights[name]) for name, value in state.items())

@@ -19,7 +19,7 @@ from .shareable_config import data_folder, is_place, last_part
 _TIMESTAMP = re.compile(r'_(\d{8}_\d{6})$')
 _NAMES = {'ADE20KDataset': 'ADE20K', 'CamVidDataset': 'CamVid', 'StreetSceneDataset': 'drawn street scenes'}
 # Data set options that say where the data is, or that the weights do not depend on.
-_NOT_SHOWN = {'data_root', 'metainfo', 'pipeline', 'confidence', 'allow_mismatch', 'backend_args'}
+_NOT_SHOWN = {'data_root', 'metainfo', 'pipeline', 'confidence', 'return_logits', 'allow_mismatch', 'backend_args'}
 
 
 @dataclass
@@ -101,6 +101,8 @@ def _reason_to_skip(record: dict, path: Path, checkpoint: Path, work_dir: Path, 
     if record['kind'] == 'val' and record['checkpoint'] is None:
         same_run = path.parents[1].name == run_of(meta)
         return None if same_run and record['iteration'] == meta.get('iter') is not None else ''
+    if record['checkpoint'] is None:  # a test of an exported file, or of random weights
+        return ''
     named = Path(record['checkpoint'])
     if named.name != checkpoint.name:
         return ''
@@ -190,7 +192,9 @@ def _settings(run: Path, config: dict, aug_test: bool) -> tuple[str, list[str]]:
 
 
 def _flat(value: object, where: str = '') -> dict:
-    """Nested dicts as one with dotted keys."""
+    """Nested dicts, and lists of dicts such as the ``datasets`` of a ``ConcatDataset``, as one with dotted keys."""
+    if isinstance(value, list) and value and all(isinstance(inner, Mapping) for inner in value):
+        value = {str(i): inner for i, inner in enumerate(value)}
     if not isinstance(value, Mapping):
         return {where: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f'{where}.{key}'.lstrip('.')).items()}

@@ -1,13 +1,13 @@
 """Make a run's config shareable: plain data in one text, without paths, credentials or names of people."""
 
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlsplit
 
 from mmengine.config import Config
 
+from ..checkpoints.config_gate import checked_config
 from ..checkpoints.config_text import literals, strings
 from ..errors import ConfigError
 from ..utils.config import load_config
@@ -35,8 +35,8 @@ _DATA = {'ADE20KDataset': 'data/ade/ADEChallengeData2016', 'StreetSceneDataset':
 def read_config(path: str | None, embedded: object, source: Path) -> dict:
     """Read the config of a checkpoint as plain data.
 
-    The text in the checkpoint comes from an unknown author. It is parsed and never run, and may name nothing that
-    building the model would have to import.
+    The text in the checkpoint comes from an unknown author. It is parsed and never run, and must pass
+    :func:`~mmseg_volo.checkpoints.config_gate.checked_config`.
 
     Args:
         path: config file of the user, which is run like every config; None for the text in the checkpoint.
@@ -58,17 +58,11 @@ def read_config(path: str | None, embedded: object, source: Path) -> dict:
     if not isinstance(embedded, str):
         raise ConfigError(f'{source}: holds no config; {remedy}')
     try:
-        config = literals(embedded)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
-        raise ConfigError(f'{source}: its config is not plain data ({error}); {remedy}') from error
-    modules = [str(name) for name in (config.get('custom_imports') or {}).get('imports') or ()]
-    unknown = [name for name in modules if name not in sys.modules]
-    unknown += sorted({text for key, text in strings(config) if key == 'type' and '.' in text})
-    if unknown:
+        return checked_config(embedded)
+    except ConfigError as error:
         raise ConfigError(
-            f'{source}: its config imports {unknown[0]}, which could run any code; {remedy}, if you trust it'
-        )
-    return config
+            f'{source}: its config is refused ({error}), because it could run any code; {remedy}, if you trust it'
+        ) from error
 
 
 def _plain(value: object, where: str = '') -> object:
@@ -148,15 +142,15 @@ def as_text(config: dict) -> str:
     """A config as text in mmengine's layout.
 
     Raises:
-        ConfigError: the text does not read back as the same data, as with numbers that are not finite.
+        ConfigError: mmengine would not read it as the same data, as with numbers that are not finite.
     """
     text = Config(config).pretty_text
     try:
-        same = literals(text) == config
+        same = literals(text) == config and '{{' not in text  # mmengine would replace {{...}}
     except (SyntaxError, ValueError):
         same = False
     if not same:
-        raise ConfigError('the config cannot be written as plain data; look for inf and nan in it')
+        raise ConfigError('the config cannot be written as plain data; look for inf and nan, and for {{, in it')
     return text
 
 

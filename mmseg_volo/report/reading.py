@@ -112,9 +112,14 @@ class Run:
     tested: dict[str, dict] = field(default_factory=dict)  # metrics of tests without a record, by timestamp
 
     def points(self, part: str, key: str) -> list[tuple[int, float]]:
-        """Return (iteration, value) of a scalar in 'train' or 'val', NaN and infinity included."""
+        """Return (iteration, value) of a scalar in 'train' or 'val', NaN and infinity included.
+
+        Of metrics that have a prefix, as in 'a/mIoU', the first counts.
+        """
         rows = getattr(self, part).items()
-        return [(step, row[key]) for step, row in rows if isinstance(row.get(key), (int, float))]
+        names = [key, *(name for _, row in rows for name in row if part == 'val' and name.endswith(f'/{key}'))]
+        name = next((name for name in names if any(name in row for _, row in rows)), key)
+        return [(step, row[name]) for step, row in rows if isinstance(row.get(name), (int, float))]
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -10,20 +10,23 @@ from typing import BinaryIO
 _CHUNK = 2**22  # bytes
 
 
-def part_of(path: str | Path) -> Path:
-    """The temporary name under which ``path`` is written first: ``.NAME.part.SUFFIX`` in the same folder."""
+def part_of(path: str | Path, mark: str = '') -> Path:
+    """The temporary name under which ``path`` is written first: ``.NAME.part.SUFFIX`` in the same folder.
+
+    Processes that may write the same file at the same time pass a different ``mark`` each, which is added to NAME.
+    """
     path = Path(path)
-    return path.with_name(f'.{path.stem}.part{path.suffix}')
+    return path.with_name(f'.{path.stem}{mark}.part{path.suffix}')
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path, mark: str = '') -> Iterator[Path]:
     """Yield the temporary path of :func:`part_of`; it replaces ``path`` on success and is deleted on failure.
 
     Raises:
         OSError: the file cannot be written. An existing file at ``path`` stays unchanged.
     """
-    part = part_of(path)
+    part = part_of(path, mark)
     try:
         yield part
         os.replace(part, path)

@@ -12,9 +12,16 @@ def bare_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def bare_dataset(config: Mapping | None) -> Mapping:
-    """The config of a data set without wrappers such as ``RepeatDataset``; of several data sets the first."""
+def bare_datasets(config: Mapping | None) -> list[Mapping]:
+    """The configs of the data sets inside wrappers such as ``ConcatDataset`` and ``RepeatDataset``, in their order."""
     config = config or {}
-    while 'dataset' in config or 'datasets' in config:
-        config = config['dataset'] if 'dataset' in config else config['datasets'][0]
-    return config
+    inner = config.get('datasets') or config.get('dataset')
+    inner = [inner] if isinstance(inner, Mapping) else inner
+    if isinstance(inner, (list, tuple)) and all(isinstance(one, Mapping) for one in inner):
+        return [found for one in inner for found in bare_datasets(one)]
+    return [config]
+
+
+def bare_dataset(config: Mapping | None) -> Mapping:
+    """The first of :func:`bare_datasets`."""
+    return bare_datasets(config)[0]

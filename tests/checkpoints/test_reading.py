@@ -1,5 +1,6 @@
 """Weights of every official form load; other files are rejected with a clear message, and none runs code."""
 
+import logging
 import os
 import pickle
 import threading
@@ -14,12 +15,16 @@ import torch
 from evil import Evil
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.runner import CheckpointLoader, load_checkpoint, save_checkpoint
 from mmseg.apis import MMSegInferencer, init_model
+from mmseg.registry import MODELS
 from safetensors.torch import save_file
+from small_runs import checkpoint
 
 from mmseg_volo import VOLO, CheckpointError
 from mmseg_volo.checkpoints.pretrained import CLASSIFIER
+from mmseg_volo.checkpoints.writing import save
+from mmseg_volo.engine.resume import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -249,3 +254,61 @@ def test_bare_weights_of_a_segmentor_load_through_init_model(tmp_path):
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
     again = init_model(tiny_config(), str(tmp_path / 'bare.pth'), device='cpu')
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_files_come_back_as_they_are(tmp_path):
+    """mmengine's own ``test_load_checkpoint`` asks for this, and PIDNet, SAN and CLIP rely on it."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    contents = [model.state_dict(), [1, torch.ones(2)], torch.ones(3), dict(a=dict(b=1)), (1, 'x'), dict(model={}, x=3)]
+    contents += [dict(state_dict=model.state_dict()), dict(state_dict=model.state_dict(), meta=dict(cfg='a = 1\n'))]
+    for content in contents:
+        torch.save(content, tmp_path / 'x.pth')
+        expected = torch.load(tmp_path / 'x.pth', weights_only=True)
+        found = CheckpointLoader.load_checkpoint(str(tmp_path / 'x.pth'))
+        assert same(found, expected)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    prefixed = torch.nn.ModuleDict(dict(backbone=torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))))
+    read = load_checkpoint(prefixed, str(tmp_path / 'x.pth'), revise_keys=[(r'^', 'backbone.')])
+    assert read.keys() == model.state_dict().keys() and read._metadata['1']['version'] == 2
+    assert all(torch.equal(prefixed.state_dict()[f'backbone.{name}'], value) for name, value in read.items())
+
+
+def same(found: object, expected: object) -> bool:
+    if isinstance(expected, torch.Tensor):
+        return torch.equal(found, expected)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], value) for key, value in expected.items())
+    if isinstance(expected, (list, tuple)):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    return found == expected
+
+
+def test_a_backbone_that_reads_bare_weights_itself(tmp_path):
+    options = dict(type='PIDNet', channels=8, ppm_channels=16, num_stem_blocks=1, num_branch_blocks=1)
+    weights = {name: torch.full_like(value, 3) for name, value in MODELS.build(options).state_dict().items()}
+    torch.save(weights, tmp_path / 'pidnet.pth')
+    save_file(weights, tmp_path / 'pidnet.safetensors')
+    for path in tmp_path.glob('pidnet*'):
+        model = MODELS.build(dict(options, init_cfg=dict(type='Pretrained', checkpoint=str(path))))
+        model.init_weights()
+        assert all((value == 3).all() for value in model.state_dict().values())
+
+
+def test_a_checkpoint_that_was_read_is_saved_again_by_other_means(tmp_path):
+    content = checkpoint()
+    save(content, tmp_path / 'iter_10.pth')
+    read = CheckpointLoader.load_checkpoint(str(tmp_path / 'iter_10.pth'))
+    assert read['meta']['sealed_by']
+    save_checkpoint(read, str(tmp_path / 'mmengine.pth'))
+    torch.save(read, tmp_path / 'torch.pth')
+    torch.save(read, tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    torch.save({key: read[key] for key in ('meta', 'state_dict')}, tmp_path / 'published.pth')
+    torch.save(read['state_dict'], tmp_path / 'weights.pth')
+    for path in tmp_path.glob('[!i]*.pth'):
+        torch.load(path, weights_only=True)
+        again = CheckpointLoader.load_checkpoint(str(path))
+        assert same(again.get('state_dict', again), content['state_dict']), path
+    # Only the search for the newest whole checkpoint of a run asks for the seal.
+    (tmp_path / 'mmengine.pth').rename(tmp_path / 'iter_10.pth')
+    with pytest.raises(CheckpointError, match=r'iter_10\.pth: was saved with a seal, which is missing now'):
+        newest_checkpoint([tmp_path], logging.getLogger('test_reading'))

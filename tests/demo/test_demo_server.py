@@ -2,6 +2,7 @@
 
 import socket
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
@@ -16,6 +17,7 @@ from mmseg_volo.inference import read_image
 from mmseg_volo.inference.visualize import overlay
 
 pytest.importorskip('gradio', reason="needs gradio: pip install -e '.[demo]'")
+import httpx
 from gradio.route_utils import delete_files_created_by_app
 
 pytest_plugins = ['demo_server']
@@ -140,7 +142,7 @@ def test_only_images_of_visitors_and_routes_of_the_page_are_served(page, visitor
     assert visitor.http.post('gradio_api/run/predict', json=body).status_code == 404  # past the queue
 
 
-def test_the_page_names_no_other_machine_and_no_folder_of_the_server(page, visitor, trained):
+def test_the_page_names_no_other_machine_and_no_folder_of_the_server(page, visitor, trained, tmp_path):
     answer = visitor.http.get('')
     assert "default-src 'self'" in answer.headers['content-security-policy']
     assert answer.headers['x-content-type-options'] == 'nosniff'
@@ -149,6 +151,10 @@ def test_the_page_names_no_other_machine_and_no_folder_of_the_server(page, visit
         assert 'cdnjs' not in text and 'fonts.g' not in text
         assert str(ROOT) not in text and str(Path(trained[0]).parent) not in text
         assert '/examples' not in text and 'example 0.png' in text
+    sent = visitor.upload(image_file(tmp_path / 'sent.png'))
+    answers = [visitor.http.get(path).text for path in ('', 'config', 'gradio_api/file=/visitors/none.png')]
+    answers += [str(sent), str(visitor.ask(sent))]
+    assert str(page.blocks.GRADIO_CACHE) not in ''.join(answers) and sent['path'].startswith('/visitors/')
     config = visitor.http.get('config').json()
     assert not config['analytics_enabled'] and all(f['api_visibility'] == 'private' for f in config['dependencies'])
 
@@ -204,6 +210,71 @@ def test_a_prediction_ends_with_its_session_and_no_other(page, model, tmp_path):
     assert first.result()['output']['error'] == 'Stopped.'
     assert not page._running
     second.predict(path)
+
+
+def test_nobody_else_can_touch_the_work_of_a_session(page, model, tmp_path):
+    """Even a stranger who knows the session and the event."""
+    path = image_file(tmp_path / 'image.png')
+    victim, stranger = (Visitor(page.blocks.local_url, name) for name in ('victim', 'stranger'))
+    outside = httpx.Client(base_url=page.blocks.local_url, trust_env=False)  # without the page's cookie
+    ends = [number for number, event in page.blocks.fns.items() if any(name == 'unload' for _, name in event.targets)]
+    assert ends
+    with model._lock:
+        event = victim.join(victim.upload(path)).json()['event_id']
+        wait_until(lambda: page._running)
+        flag = next(iter(page._running))
+        for http in (stranger.http, outside):
+            for number in page.blocks.fns:
+                call = dict(data=[], fn_index=number, session_hash='victim', event_id=event)
+                for route in ('run/predict', 'queue/join', 'cancel'):
+                    assert http.post(f'gradio_api/{route}', json=call).status_code in (403, 404), (number, route)
+            for route in ('heartbeat/victim', 'queue/data?session_hash=victim'):
+                with http.stream('GET', f'gradio_api/{route}') as answer:
+                    assert answer.status_code == 403
+        own = dict(data=[], session_hash='stranger', event_id=event)
+        stranger.http.post(
+            'gradio_api/cancel', json=dict(own, fn_index=stranger.functions['_predict'])
+        ).raise_for_status()
+        for number in (*ends, 'x', None, 99, True, 1.0):
+            for route in ('run/predict', 'queue/join'):
+                assert stranger.http.post(f'gradio_api/{route}', json=dict(own, fn_index=number)).status_code == 404
+        for odd in (b'', b'[' * 60_000, b'{}', b'{"fn_index": 1, "session_hash": ["victim"]}'):
+            assert stranger.http.post('gradio_api/queue/join', content=odd).status_code == 400
+        assert not flag.is_set()
+    assert victim.result()['success']
+
+
+def test_what_visitors_send_is_limited(page, visitor, tmp_path):
+    path = image_file(tmp_path / 'image.png')
+    assert visitor.http.post('gradio_api/queue/join', content=bytes(2**17)).status_code == 413
+    two = [('files', (f'{i}.png', bytes(600_000))) for i in range(2)]  # each is small enough
+    assert visitor.http.post('gradio_api/upload', files=two).status_code == 413
+
+    def chunks() -> Iterator[bytes]:  # a request that does not tell its length
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        yield from [bytes(2**16)] * 20
+
+    kind = {'content-type': 'multipart/form-data; boundary=x'}
+    assert visitor.http.post('gradio_api/upload', content=chunks(), headers=kind).status_code == 413
+    head = (
+        b'POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n'
+        b'Content-Length: 90000\r\n\r\n--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    )
+    address = page.blocks.local_url.removeprefix('http://').strip('/').split(':')
+    slow = []
+
+    def refused() -> bool:
+        slow.append(socket.create_connection(address))
+        slow[-1].sendall(head)
+        return visitor.http.post('gradio_api/upload', files=two[:1]).status_code == 503
+
+    wait_until(refused)
+    assert len(slow) >= 16
+    for connection in slow:
+        connection.close()
+    wait_until(lambda: visitor.http.post('gradio_api/upload', files=two[:1]).status_code == 200)
+    wait_until(lambda: not [p for p in Path(page.blocks.GRADIO_CACHE).iterdir() if p.is_file()])
+    visitor.predict(path)
 
 
 def test_files_of_visitors_are_deleted_and_examples_stay(page, visitor, tmp_path):

@@ -1,12 +1,15 @@
 """Uploads: read as the package reads images, or refused before decoding with a message for their owner."""
 
+import os
+import time
+
 import cv2
 import numpy as np
 import pytest
-from demo_server import LIMITS, bad_files, random_image
+from demo_server import LIMITS, bad_files, image_file, random_image
 from PIL import Image
 
-from mmseg_volo.demo.uploads import RefusedImage, read_upload
+from mmseg_volo.demo.uploads import RefusedImage, Store, read_upload, try_decoding
 
 pytest_plugins = ['demo_server']
 
@@ -53,3 +56,44 @@ def test_the_size_is_checked_before_anything_is_decoded(tmp_path):
 
     with pytest.raises(RefusedImage, match=words):
         read_upload(path, LIMITS.megapixels, fail)
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG of 1 megapixel whose last scan is repeated."""
+    jpeg = cv2.imencode('.jpg', np.full((1000, 1000), 128, np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    return jpeg[:-2] + jpeg[jpeg.rindex(b'\xff\xda') : -2] * scans + jpeg[-2:]
+
+
+def test_a_file_that_keeps_a_decoder_busy_is_refused(tmp_path, monkeypatch):
+    (tmp_path / 'scans.jpg').write_bytes(many_scans(3000))
+    assert read_upload(image_file(tmp_path / 'good.tif', 3, 64, 96), 1, cv2.imread).shape == (64, 96, 3)
+    started = time.monotonic()
+    with pytest.raises(RefusedImage, match='Decoding the file takes too long'):
+        read_upload(tmp_path / 'scans.jpg', 1, cv2.imread)
+    assert time.monotonic() - started < 1
+    (tmp_path / 'scans.jpg').write_bytes(many_scans(5))
+    assert read_upload(tmp_path / 'scans.jpg', 1, cv2.imread).shape == (1000, 1000, 3)
+    with pytest.raises(RefusedImage, match='Decoding the file takes too long'):
+        try_decoding(tmp_path / 'good.tif', 1, seconds=0.001)
+    (tmp_path / 'crash').write_text('#!/bin/sh\nkill -SEGV $$\n')
+    (tmp_path / 'crash').chmod(0o755)
+    monkeypatch.setattr('sys.executable', str(tmp_path / 'crash'))
+    with pytest.raises(RefusedImage, match='The file is broken: decoding it fails'):
+        read_upload(tmp_path / 'good.tif', 1, cv2.imread)
+
+
+def test_the_store_keeps_its_size(tmp_path):
+    def write(name: str, size: int, age: float) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+
+    write('examples/1.png', 50 * 2**20, 9000)
+    store = Store(tmp_path, megabytes=1)  # keeps 100 MB
+    for i in range(6):
+        write(f'{i}/image.png', 30 * 2**20, 1000 * (i + 1))
+    write('tmpcut', 10, 3600)  # what an interrupted upload leaves, and one that goes on
+    write('tmpnow', 10, 1)
+    store.make_room()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()}
+    assert left == {'examples/1.png', '0/image.png', '1/image.png', '2/image.png', 'tmpnow'}

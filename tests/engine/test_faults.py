@@ -117,6 +117,27 @@ def test_a_killed_process_ends_the_others(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, processes):
+    """It names the first one and changes nothing; when the first one is killed, the folder is free at once."""
+    config = write_config(tmp_path, more=LONG)
+    options = ('--cfg-options', 'train_dataloader.num_workers=2')
+    first = Run(config, tmp_path / 'run', *options, processes=processes)
+    first.until(r'Saving checkpoint at 2 iter')
+    second = Run(config, tmp_path / 'run', *options, processes=processes)
+    assert second.end() == 1
+    assert (
+        len(re.findall(r'error.*: .*run is in use by another training run: process \d+ on', second.output)) == processes
+    )
+    assert 'Traceback' not in re.sub(r'torch/distributed.*', '', second.output) and first.process.poll() is None
+    first.kill()
+    again = Run(config, tmp_path / 'run', '--resume', *options, processes=processes)
+    again.until(r'continuing from .*iter_\d+\.pth')
+    again.until(r'Iter\(train\)')
+    again.kill()
+
+
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """On a file system of 4 MB, saved checkpoints are complete, and training resumes when there is room."""
     disk = tmp_path / 'disk'

@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel
-from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict, build_optim_wrapper
 from mmseg.registry import MODELS
 from small_models import ARCH, BN, build, segmentor_config
 from torch import nn
 
 from mmseg_volo import ARCHS, VOLO
+from mmseg_volo.engine.optim import should_update, wrappers_of
 from mmseg_volo.errors import ConfigError
 
 LR, DECAY = 0.1, 0.05
@@ -199,3 +200,15 @@ def test_layer_decay_by_command_line_options():
     found = settings(model, build_optim_wrapper(model, config.optim_wrapper))
     assert found['backbone.patch_embed.proj.weight'] == pytest.approx((6e-5 * 0.9**19, 0.01))
     assert found['backbone.pos_embed'] == pytest.approx((6e-5 * 0.9**15, 0.0))
+
+
+def test_several_optimizers_step_together():
+    def wrapper(steps: int) -> OptimWrapper:
+        one = OptimWrapper(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1), accumulative_counts=steps)
+        one.initialize_count_status(nn.Linear(1, 1), 1, 10)
+        return one
+
+    one, two = wrapper(1), wrapper(2)
+    both = OptimWrapperDict(a=one, b=two)
+    assert wrappers_of(both) == [one, two] and wrappers_of(one) == [one]
+    assert should_update(one) and not should_update(two) and not should_update(both)

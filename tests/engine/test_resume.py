@@ -1,6 +1,8 @@
 """A resumed run equals an uninterrupted one, bit for bit."""
 
+import importlib
 import itertools
+import logging
 import os
 import pickle
 import random
@@ -15,7 +17,7 @@ import torch
 from mmengine.hooks import Hook
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import HOOKS
-from small_runs import differences, small_config
+from small_runs import checkpoint, differences, small_config
 
 import mmseg_volo.engine.checkpoint_hook
 from mmseg_volo.checkpoints import reading
@@ -23,6 +25,7 @@ from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.cli import run_tool
 from mmseg_volo.engine.guards import NonFiniteGuardHook
 from mmseg_volo.engine.loop import Draw, ResumableSampler, ResumableTrainLoop, SeededDataset
+from mmseg_volo.engine.resume import newest_checkpoint
 from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.errors import CheckpointError, ProcessLost, SaveError, TrainingDiverged, TrainingStopped
 
@@ -145,6 +148,52 @@ def test_augmentation_depends_on_the_position_in_the_stream():
     state = torch.get_rng_state()
     assert [data[i] for i in itertools.islice(sampler, 5)] == alone[7:]
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_resumed_run_keeps_its_own_config(tmp_path, monkeypatch):
+    """The text in a checkpoint that names the user's own package is left out, because reading it could run code."""
+    (tmp_path / 'own_package.py').write_text(
+        'from mmengine.hooks import Hook\nfrom mmseg.registry import HOOKS\n'
+        '@HOOKS.register_module(force=True)\nclass OwnHook(Hook):\n    pass\n'
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module('own_package')
+    for step in (1, 2):
+        once = dict(train_cfg__max_iters=step, train_cfg__val_interval=9, default_hooks__checkpoint__interval=1)
+        config = small_config(tmp_path, 'own', resume=step == 2, **once)
+        config.custom_imports = dict(imports=['mmseg_volo', 'own_package'])
+        config.custom_hooks.append(dict(type='OwnHook', priority=step))
+        build_runner(config).train()
+    assert 'cfg' not in load_from_local(str(tmp_path / 'own/iter_2.pth'))['meta']
+    raw = torch.load(tmp_path / 'own/iter_2.pth', weights_only=False)
+    for text in (raw['meta']['cfg'], raw['message_hub']['runtime_info']['cfg']):
+        assert "'own_package'" in text and "dict(priority=2, type='OwnHook')" in text
+
+
+@pytest.mark.parametrize(
+    ('part', 'value'),
+    [
+        ('message_hub', []),
+        ('message_hub', dict(log_scalars=3, runtime_info={}, resumed_keys={})),
+        ('message_hub', dict(log_scalars={}, runtime_info=dict(keep_ckpt_ids='ab'), resumed_keys={})),
+        ('optimizer', [1]),
+        ('optimizer', dict(state=3, param_groups=[])),
+        ('optimizer', dict(state={}, param_groups=[dict(params='x')])),
+        ('param_schedulers', 'abc'),
+        ('param_schedulers', [3]),
+        ('meta', dict(iter='10', epoch=0)),
+        ('meta', dict(iter=10, epoch=-1)),
+        ('meta', dict(iter=10, epoch=0, seed=[1])),
+    ],
+)
+def test_a_state_of_odd_types_is_no_resume_point(part, value, tmp_path):
+    content = dict(checkpoint(), **{part: value})
+    content['meta'].pop('sealed_by', None)
+    torch.save(content, tmp_path / 'iter_10.pth')
+    with pytest.raises(
+        CheckpointError, match=rf'iter_10\.pth.*({part}.* is not what a training run saves|{part} missing)'
+    ):
+        newest_checkpoint([tmp_path], logging.getLogger('test_resume'))
 
 
 def test_a_warning_if_there_is_nothing_to_resume(tmp_path):

@@ -16,7 +16,7 @@ from small_models import batch, build, picture
 
 from mmseg_volo.evaluation import ConfusionIoUMetric, iou_of
 from mmseg_volo.evaluation.metric import bins_of, confusion_of, has_sampled_loss, losses_of, sum_of
-from mmseg_volo.models.segmentors import SAMPLE_STEP
+from mmseg_volo.models.predictions import SAMPLE_STEP
 
 CLASSES = 5
 

@@ -10,13 +10,14 @@ import torch
 from commands import CONFIG, miou, run, tool
 from mmengine.structures import PixelData
 from mmseg.registry import METRICS, MODELS
+from small_evaluation import drawn_dataset, evaluation_config
 from small_models import build
 from small_runs import differences, small_config
 
 from mmseg_volo.engine.runner import VOLORunner, build_runner
 from mmseg_volo.evaluation import EvaluationRecordHook, iou_of
 from mmseg_volo.evaluation.metric import confusion_of
-from mmseg_volo.models.segmentors import SAMPLE_STEP
+from mmseg_volo.models.predictions import SAMPLE_STEP
 from mmseg_volo.report import write_report
 
 PICTURES = 6
@@ -229,6 +230,24 @@ def test_other_metrics_stand_beside(tmp_path):
     metrics = runner.test()
     assert metrics['mIoU'] == pytest.approx(metrics['other/mIoU'], abs=0.0101)
     assert metrics == pytest.approx(record_of(runner)['metrics'], abs=1e-4)
+
+
+def test_wrapped_data_and_metrics_with_a_prefix(tmp_path):
+    data = [drawn_dataset(tmp_path / name) for name in 'ab']
+    config = evaluation_config(tmp_path, 'run', dict(type='ConcatDataset', datasets=data))
+    config.test_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=config.test_dataloader.dataset)
+    dump = dict(type='DumpResults', out_file_path=str(tmp_path / 'all.pkl'))
+    config.test_evaluator = [dump, dict(type='IoUMetric', prefix='a')]
+    runner = build_runner(config)
+    metrics = runner.test()
+    record = record_of(runner)
+    assert {key: record['metrics'][f'a/{key}'] for key in ('aAcc', 'mIoU', 'mAcc')} == pytest.approx(
+        {key: record['metrics'][key] for key in ('aAcc', 'mIoU', 'mAcc')}, abs=0.011
+    )
+    assert record['metrics']['a/mIoU'] == pytest.approx(metrics['a/mIoU'], abs=1e-4) and metrics['a/mIoU'] > 0
+    about = record['dataset']
+    assert (about['type'], about['pictures']) == ('BaseSegDataset and 1 more', 8)
+    assert (about['data_root'], about['img_path']) == (str(tmp_path / 'a'), str(tmp_path / 'a/images'))
 
 
 def test_training_leaves_a_record_of_each_validation(tmp_path):

@@ -1,5 +1,6 @@
 """Exported files against PyTorch and onnxruntime, broken files, and refused requests."""
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -146,18 +147,25 @@ def test_half_precision(small, tmp_path, format):
 def test_pt2_runs_without_this_package(small, tmp_path):
     path = str(tmp_path / 'small.pt2')
     export_model(*small, path, 'pt2', dynamic=True)
-    module = torch.export.load(path).module()
+    about = {'mmseg_volo.json': ''}
+    module = torch.export.load(path, extra_files=about).module()
     model = init_model(*small, 'cpu')
+    assert json.loads(about['mmseg_volo.json'])['classes'] == list(model.dataset_meta['classes'])
     for shape in ((1, 3, 96, 64), (3, 3, 32, 80)):
         image = torch.randn(shape)
         logits = module(image)[0]
         with torch.no_grad():
             expected = F.interpolate(model(image), shape[2:], mode='bilinear')
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
-    run, about = formats.open_pt2(path)
-    assert (
-        about['classes'] == list(model.dataset_meta['classes']) and len(run(np.zeros((1, 3, 32, 32), np.float32))) == 2
-    )
+    # torch.export.load runs code in a crafted file: this package opens only what the same process wrote.
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert len(formats.open_pt2(path, digest)(np.zeros((1, 3, 32, 32), np.float32))) == 2
+    with Path(path).open('ab') as file:
+        file.write(b'x')
+    with pytest.raises(CheckpointError, match='refused, because it is not the file that was written'):
+        formats.open_pt2(path, digest)
+    with pytest.raises(CheckpointError, match=r'small\.pt2: .*no checkpoint'):
+        init_model(small[0], path, 'cpu')
 
 
 @needs_torch

@@ -1,17 +1,21 @@
 """The backbone against timm's VOLO and its own docstring."""
 
 import copy
+import io
 import math
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from mmengine.model import PretrainedInit
 from mmseg.registry import MODELS
+from small_models import segmentor_config
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from mmseg_volo import ARCHS, VOLO
+from mmseg_volo import ARCHS, VOLO, CheckpointError
 from mmseg_volo.checkpoints.pretrained import CLASSIFIER
 from mmseg_volo.models.volo import Block, PatchEmbed, call_block, call_stem, resize_pos_embed
 from mmseg_volo.ops.layers import LayerNorm
@@ -187,6 +191,9 @@ def test_pos_embed_is_cached_in_eval_mode_until_the_weights_change():
         assert not torch.allclose(model(x)[3], before)
         model.load_state_dict(fresh.state_dict())
         torch.testing.assert_close(model(x)[3], fresh(x)[3])
+        model.pos_embed.data.copy_(-fresh.pos_embed)  # no version, no address tells of it
+        fresh.pos_embed.neg_()
+        torch.testing.assert_close(model(x)[3], fresh(x)[3])
         for side in range(2, 40):
             model(torch.randn(1, 3, 32, 16 * side))
         assert len(model._grids) <= 16
@@ -338,6 +345,88 @@ def test_gpu_runs_in_half_precision_and_compiled(gpu):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+def test_torchscript():
+    """As of timm's VOLO; here the compiled module takes images of any size, and follows ``train()`` and ``eval()``."""
+    model = randomise_norms(tiny(drop_path_rate=0.5)).eval()
+    images = torch.randn(2, 3, 64, 64), torch.randn(1, 3, 50, 100), torch.randn(1, 3, 20, 64)
+    scripted = torch.jit.script(model)
+    assert {n: t.data_ptr() for n, t in scripted.state_dict().items()} == {
+        n: t.data_ptr() for n, t in model.state_dict().items()
+    }
+    file = io.BytesIO()
+    torch.jit.save(scripted, file)
+    file.seek(0)
+    for other in (scripted, torch.jit.load(file), torch.jit.freeze(scripted)):
+        for x in images:
+            for a, b in zip(other(x), model(x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    results = []
+    for part in (scripted.train(), model.train()):
+        torch.manual_seed(0)
+        results.append(part(images[0]))
+    for a, b, c in zip(*results, model.eval()(images[0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(b, c, rtol=1e-2)
+    traced = torch.jit.trace(model, images[0])
+    for a, b in zip(traced(images[0] + 1), model(images[0] + 1), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_fx_tracing(grad):
+    model = randomise_norms(tiny(drop_path_rate=0.5)).eval()
+    names = 'patch_embed', 'network.0.1', 'network.0.1.mlp.fc1', 'network.2.0.attn.proj', 'network.4.0', 'norm'
+    seen = {}
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
+    with torch.set_grad_enabled(grad):
+        graph = torch.fx.symbolic_trace(model)
+        extractor = create_feature_extractor(model, list(names)).eval()
+        for x in (torch.randn(2, 3, 64, 64), torch.randn(1, 3, 50, 100), torch.randn(1, 3, 20, 64)):
+            for a, b in zip(graph(x), model(x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            for name, value in extractor(x).items():
+                torch.testing.assert_close(value, seen[name], rtol=1e-4, atol=1e-5)
+    results = []
+    for part in (torch.fx.symbolic_trace(model.train()), model):
+        torch.manual_seed(0)
+        results.append(part(torch.ones(2, 3, 64, 64))[3])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(('given', 'stages'), [(2, (2,)), (-1, (3,)), ((0, -1), (0, 3)), ([-4, 1, -2], (0, 1, 2))])
+def test_out_indices_of_other_forms(given, stages):
+    assert tiny(out_indices=given).out_indices == stages
+
+
+def test_the_segmentors_argument_pretrained():
+    model = MODELS.build(segmentor_config(type='EncoderDecoder', pretrained='volo.pth'))
+    assert model.backbone.init_cfg == dict(type='Pretrained', checkpoint='volo.pth')
+    with pytest.raises(ValueError, match='pretrained and init_cfg cannot both be given'):
+        VOLO(TINY, pretrained='volo.pth', init_cfg=dict(type='Normal', layer='Linear'))
+
+
+@pytest.mark.parametrize('kind', [PretrainedInit, 'Pretrained'])
+def test_a_list_of_initializers(kind, tmp_path):
+    source = randomise_norms(tiny())
+    torch.save({f'student.{name}': value for name, value in source.state_dict().items()}, tmp_path / 'x.pth')
+    pretrained = dict(type=kind, checkpoint=str(tmp_path / 'x.pth'), prefix='student')
+    constant = dict(type='Constant', layer='LayerNorm', val=3.0, bias=2.0)
+    model = VOLO(TINY, img_size=64, init_cfg=[pretrained, constant])
+    model.init_weights()  # as in mmengine, the pretrained weights come last
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in model.state_dict().items())
+    assert model.init_cfg == [pretrained, constant]
+    nn.init.zeros_(model.norm.weight)
+    model.init_weights()  # only the first call initialises, as in mmengine
+    assert model.is_init and not model.norm.weight.any()
+    model = VOLO(TINY, img_size=64, init_cfg=[constant, dict(type='Normal', layer='Linear', std=0.1)])
+    model.init_weights()
+    assert (model.norm.weight == 3).all() and 0.08 < model.network[0][0].mlp.fc1.weight.std() < 0.12
+    wrong = VOLO(TINY, img_size=64, init_cfg=dict(pretrained, prefix='teacher.'))
+    with pytest.raises(CheckpointError, match=r'x\.pth: no name begins with teacher\., the prefix in init_cfg'):
+        wrong.init_weights()
+
+
 def test_registry_and_deepcopy():
     model = MODELS.build(dict(type='VOLO', arch=TINY, img_size=64, in_channels=4)).eval()
     x = torch.randn(1, 4, 64, 96)
@@ -357,6 +446,7 @@ def test_registry_and_deepcopy():
         (dict(out_indices=(0, 4)), r'within 0\.\.3; got \(0, 4\)'),
         (dict(out_indices=(2, 1)), 'ascending'),
         (dict(out_indices=()), 'ascending'),
+        (dict(out_indices=-5), r'within 0\.\.3; got -5'),
         (dict(frozen_stages=5), 'between -1 and the 4 stages'),
         (dict(frozen_stages=2, out_indices=(0,)), 'between -1 and the 1 stages'),
         (dict(img_size=16), 'at least 32 pixels a side, got 16'),

@@ -16,7 +16,7 @@ import pytest
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.report import write_report
 from mmseg_volo.report.figures import Series, confusions, curves, heat_map
-from mmseg_volo.report.reading import flat_config, read_run, read_runs
+from mmseg_volo.report.reading import Run, flat_config, read_run, read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """model = dict(
@@ -304,6 +304,15 @@ def test_without_scalars_the_log_is_read(tmp_path):
     assert list(run.train) == [10, 20] and run.train[10]['loss'] == 2.5 and run.train[10]['lr'] == 1e-4
     assert list(run.val) == [20] and run.best == (20, 34.78)
     assert run.config['train_cfg.max_iters'] == 40
+
+
+def test_the_prefix_of_a_metric_is_no_part_of_its_name():
+    run = Run(Path(), 'run', val={1: {'a/mIoU': 3.0, 'b/mIoU': 4.0, 'a/val/loss': 2.0}, 2: {'a/mIoU': 5.0}})
+    assert run.points('val', 'mIoU') == [(1, 3.0), (2, 5.0)] and run.best == (2, 5.0)
+    assert run.points('val', 'val/loss') == [(1, 2.0)]
+    run.val[2]['mIoU'] = 6.0
+    assert run.points('val', 'mIoU') == [(2, 6.0)]
+    assert run.points('val', 'IoU') == run.points('train', 'mIoU') == []
 
 
 def test_names_are_escaped(tmp_path):

@@ -21,9 +21,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...errors import DataError
+from .images import init_checker, quiet_opencv
 from .labels import label_table
-from .listing import Finding, Source, find_sources, left_over_files, missing_files, present_files
-from .pair import PairResult, check_pair, faults_of_all, init_checker, shifted_labels
+from .listing import Finding, Source, find_sources, missing_files, present_files
+from .pair import PairResult, check_pair, faults_of_all, shifted_labels
+from .unused import left_out_images, left_over_files, odd_folders
 
 _NAMED = 5  # findings that an error message lists
 _UNSEEN = 'the model cannot learn it: add images that show it, or remove the class'
@@ -96,7 +98,8 @@ def check_not_empty(dataset_cfg: Mapping, dataset: Dataset | None = None) -> Non
 def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files: int = 32) -> None:
     """Raise DataError if training or validation on a data set would fail or be silently wrong.
 
-    The check looks for all files, and reads an evenly spaced sample of them. It takes a second or two.
+    The check looks for all files, and reads an evenly spaced sample of them. It takes a second or two. The log has its
+    warnings.
 
     Args:
         dataset_cfg: config of the data set, with wrappers such as ``ConcatDataset``. A data set with unknown
@@ -106,13 +109,17 @@ def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files:
     """
     sources = find_sources(dataset_cfg, '', _log, built=dataset)
     for source in sources:
-        findings = source.findings + missing_files(source)
-        _raise(findings)
+        _raise(source.findings + missing_files(source))
         count = min(len(source.pairs), max(1, num_files // len(sources)))
         sample = [source.pairs[i] for i in np.linspace(0, len(source.pairs) - 1, count).astype(int)]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
+        # Of names with a dot in front, which a list may hold, many are no images.
+        hidden = [pair for pair in source.pairs if os.path.basename(pair[0]).startswith('.')]
+        sample = list(dict.fromkeys(sample + hidden))
+        with quiet_opencv(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
             results = list(pool.map(partial(check_pair, rules=source.rules), sample))
-        _raise(chain.from_iterable(result.findings for result in results))
+        found = list(chain.from_iterable(result.findings for result in results))
+        _raise(found)
+        _warn(left_out_images(source) + odd_folders(source) + found)
         rest = iter(set(source.pairs) - set(sample))
         # If the sample looks wrong as a whole, read more files until one shows that it is not.
         while found := faults_of_all(source, results):
@@ -134,8 +141,18 @@ def _raise(findings: Iterable[Finding]) -> None:
         )
 
 
-def _log(reason: str) -> None:
-    print_log(f'Data check: {reason}', logger='current', level=logging.INFO)
+def _warn(findings: Iterable[Finding]) -> None:
+    """Log one line for each kind of warning, with the first file."""
+    kinds: dict[str, list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(finding.kind, []).append(finding)
+    for kind, group in kinds.items():
+        more = f' (1 of {len(group)})' if len(group) > 1 else ''
+        _log(f'{kind}{more}: {group[0]}', logging.WARNING)
+
+
+def _log(reason: str, level: int = logging.INFO) -> None:
+    print_log(f'Data check: {reason}', logger='current', level=level)
 
 
 def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) -> SplitReport:
@@ -160,6 +177,7 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
         replaced = {finding.kind for finding in common}
         single = [finding for result in results for finding in result.findings if finding.kind not in replaced]
         report.findings += source.findings + missing_files(source) + left_over_files(source) + single + common
+        report.findings += left_out_images(source) + odd_folders(source)
         for files, reader in (('images', source.rules.image), ('labels', source.rules.label)):
             if reader is None:
                 report.left_out.append(f'the content of {files}: an unknown transform reads them')

@@ -1,5 +1,7 @@
 """Decode label files, and map their values to class ids as mmseg does."""
 
+import io
+import threading
 from collections.abc import Iterable, Mapping
 
 import mmcv
@@ -7,8 +9,10 @@ import numpy as np
 from PIL import Image
 
 from .headers import read_header
+from .images import RESTORE, UNKNOWN_TIFF, general_reason
 
 _CITYSCAPES_IDS = 33
+_PILLOW = threading.Lock()
 
 
 class LabelError(ValueError):
@@ -19,8 +23,14 @@ class LabelError(ValueError):
         self.kind, self.problem, self.remedy = kind, problem, remedy
 
 
-def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') -> np.ndarray:
+def decode_label(data: bytes, backend: str = 'pillow', limited: bool = False) -> np.ndarray:
     """Decode a label file to its values (H, W), uint8, as mmseg's ``LoadAnnotations`` does.
+
+    Args:
+        data: content of the file.
+        backend: ``imdecode_backend`` of the transform.
+        limited: reject a label with more pixels than Pillow accepts, which mmseg's ``LoadAnnotations`` cannot read. By
+            default, it is read like any other.
 
     Raises:
         LabelError: the file is cut off, damaged or a JPEG, has several channels, or has values of more than 8 bits,
@@ -28,25 +38,25 @@ def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') 
     """
     try:
         header = read_header(data)
-        label = None if header.format == 'jpeg' else mmcv.imfrombytes(data, flag=flag, backend=backend)
+        if header.format == 'jpeg':
+            label = None
+        elif backend == 'pillow' and not limited:
+            label = np.array(_open_any_size(data))
+        else:
+            label = mmcv.imfrombytes(data, flag='unchanged', backend=backend)
+    except Image.DecompressionBombError as error:
+        problem = 'the label has more pixels than Pillow accepts, so LoadAnnotations cannot read it'
+        raise LabelError('unreadable label', problem, 'use LoadCheckedAnnotations in its place') from error
     except Exception as error:  # decoders may raise anything on broken data
-        clear = isinstance(error, ValueError | Image.DecompressionBombError)
-        reason = error if clear else 'it is damaged or not an image'
-        raise LabelError('unreadable label', f'the label cannot be read ({reason})', 'restore it') from error
+        raise _unreadable(data, backend, error) from error
     if header.format == 'jpeg':
         raise LabelError(
             'lossy label', 'the label is a JPEG, which changes class ids', 'create it again as PNG from the source'
         )
     if label is None:
-        raise LabelError('unreadable label', 'the label cannot be read (it is damaged or not an image)', 'restore it')
+        raise _unreadable(data, backend)
     if label.ndim != 2 and label.shape[2] > 1:
-        colours = label[..., :3]
-        if (colours == colours[..., :1]).all():
-            problem, remedy = f'the label has {label.shape[2]} channels', 'they are equal: save one of them as PNG'
-        else:
-            problem = f'the label has {label.shape[2]} channels with colours instead of class ids'
-            remedy = 'convert the colours to class ids and save them as a grey-scale or palette PNG'
-        raise LabelError('channels of a label', problem, remedy)
+        raise _several_channels(label)
     ids = label.reshape(label.shape[:2]).astype(np.uint8)
     if label.dtype not in (np.uint8, bool) and (label.reshape(ids.shape) != ids).any():
         raise LabelError(
@@ -55,6 +65,40 @@ def decode_label(data: bytes, flag: str = 'unchanged', backend: str = 'pillow') 
             'save class ids from 0 to 255 as an 8-bit PNG',
         )
     return ids
+
+
+def _open_any_size(data: bytes) -> Image.Image:
+    """Open a file with Pillow, without its limit on pixels: users choose their labels themselves."""
+    with _PILLOW:  # the limit is a global variable; only the header is read under the lock
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(data))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _unreadable(data: bytes, backend: str, error: Exception | None = None) -> LabelError:
+    found = general_reason(data, '' if backend == 'pillow' else backend, error)  # Pillow's limit is no reason here
+    if found:
+        reason, remedy = found.reason, 'restore it' if found.remedy == RESTORE else found.remedy
+    elif read_header(data).format == 'tiff':
+        reason, remedy = UNKNOWN_TIFF.format(backend), 'restore it, or save it as an 8-bit PNG with one channel'
+    else:
+        reason, remedy = 'it is damaged or not an image', 'restore it'
+    return LabelError('unreadable label', f'the label cannot be read ({reason})', remedy)
+
+
+def _several_channels(label: np.ndarray) -> LabelError:
+    count = label.shape[2]
+    colours = label[..., :3] if count > 2 else label[..., :1]  # the second of two is alpha
+    if (colours == colours[..., :1]).all():
+        first = {2: 'the second is transparency: save the first', 3: 'they are equal: save one of them'}
+        problem = f'the label has {count} channels'
+        remedy = f'{first.get(count, "the first three are equal: save one of them")} as PNG'
+    else:
+        problem = f'the label has {count} channels with colours instead of class ids'
+        remedy = 'convert the colours to class ids and save them as a grey-scale or palette PNG'
+    return LabelError('channels of a label', problem, remedy)
 
 
 def label_table(reduce_zero_label: bool, label_map: Mapping[int, int] | None) -> np.ndarray:

@@ -1,14 +1,33 @@
 """List the files of a data set from its config, and how they are read; find missing files."""
 
+import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
+
+_IMAGES = (
+    '.jpg',
+    '.jpeg',
+    '.jpe',
+    '.jfif',
+    '.png',
+    '.bmp',
+    '.tif',
+    '.tiff',
+    '.webp',
+    '.gif',
+    '.jp2',
+    '.pgm',
+    '.ppm',
+)
+
+FILE_REMEDY = 'check its permissions and the disk'
 
 Pair = tuple[str, str | None]  # an image and its label
 
@@ -32,8 +51,9 @@ class Finding:
 class Rules:
     """How a data set's files are decoded, and what its label values mean.
 
-    ``image`` and ``label`` are (flag, backend) for ``mmcv.imfrombytes``. They are None, and the content is not checked,
-    if the pipeline does not use ``LoadImageFromFile`` and ``LoadAnnotations``.
+    ``image`` is (flag, backend) for ``mmcv.imfrombytes``, and ``label`` is (name of the transform, backend). They are
+    None, and the content is not checked, if the pipeline does not use ``LoadImageFromFile`` and ``LoadAnnotations``, or
+    the transforms of this package in their place.
     """
 
     split: str
@@ -105,14 +125,16 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
         raise LeftOut('its files come from another backend than the local disk')
     if any('://' in folder for folder in folders):
         raise LeftOut('its files are on a server')
+    image = _transform(steps, ('LoadImageFromFile', 'LoadCheckedImage'))
+    label = _transform(steps, ('LoadAnnotations', 'LoadCheckedAnnotations'))
     rules = Rules(
         split=split,
         classes=None,
         ignore_index=cfg.get('ignore_index', 255),
         reduce_zero_label=False,
         label_map=None,
-        image=_reader(steps, ('LoadImageFromFile', 'LoadCheckedImage'), 'color', 'cv2'),
-        label=_reader(steps, ('LoadAnnotations', 'LoadCheckedAnnotations'), 'unchanged', 'pillow'),
+        image=image and (image.get('color_type', 'color'), image.get('imdecode_backend', 'cv2')),
+        label=label and (_name(label), label.get('imdecode_backend', 'pillow')),
     )
     try:
         dataset = DATASETS.build(dict(cfg, lazy_init=True, pipeline=[])) if built is None else built
@@ -128,6 +150,8 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
         if listing := cfg.get('ann_file'):
             listing = os.path.join(cfg.get('data_root') or '', listing)
             needed += [] if os.path.exists(listing) else [listing]
+        if not needed and isinstance(error, OSError) and error.filename:
+            return Source(rules, findings=[_unlisted(split, error)])
         if not needed or not isinstance(error, OSError | AssertionError):
             # The runner builds the data set too, and its error says what is wrong.
             raise LeftOut(f'its files cannot be listed ({error!r})') from error
@@ -159,6 +183,16 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
     return source
 
 
+def _unlisted(split: str, error: OSError) -> Finding:
+    """The fault of a folder that cannot be listed."""
+    if error.errno == errno.ELOOP:
+        for folder in reversed(Path(error.filename).parents):
+            if folder.is_symlink() and Path(os.path.realpath(folder.parent)).is_relative_to(os.path.realpath(folder)):
+                problem, remedy = 'this link leads back to a folder above it', 'remove the link'
+                return Finding(split, 'folder', str(folder), problem, remedy)
+    return Finding(split, 'folder', error.filename, f'it cannot be listed ({error.strerror})', FILE_REMEDY)
+
+
 def _prefixes(cfg: Mapping) -> list[str]:
     return [folder for folder in (cfg.get('data_prefix') or {}).values() if isinstance(folder, str)]
 
@@ -173,14 +207,13 @@ def _steps(pipeline: Iterable) -> Iterator[Mapping]:
             yield from _steps(step)
 
 
-def _reader(steps: Sequence[Mapping], names: Sequence[str], flag: str, backend: str) -> tuple[str, str] | None:
-    """Flag and backend with which the transform of one of these names decodes a file, or None if there is none."""
-    for step in steps:
-        kind = step.get('type')
-        name = kind.__name__ if isinstance(kind, type) else str(kind).rsplit('.', 1)[-1]
-        if name in names:
-            return step.get('color_type', flag), step.get('imdecode_backend', backend)
-    return None
+def _transform(steps: Iterable[Mapping], names: Sequence[str]) -> Mapping | None:
+    return next((step for step in steps if _name(step) in names), None)
+
+
+def _name(step: Mapping) -> str:
+    kind = step.get('type')
+    return kind.__name__ if isinstance(kind, type) else str(kind).rsplit('.', 1)[-1]
 
 
 def _empty(source: Source) -> Finding:
@@ -197,9 +230,25 @@ def _holdings(folder: str) -> str:
     """Describe the files in a folder, most frequent suffixes first: 'it holds 12 .png, 1 .txt'."""
     if not os.path.isdir(folder):
         return 'no such folder'
-    names = chain.from_iterable(files for _, _, files in os.walk(folder))
-    suffixes = Counter(Path(name).suffix or 'without a suffix' for name in names)
+    suffixes = Counter(Path(path).suffix or 'without a suffix' for path in names_below(folder, folders=False))
     return 'it holds ' + (', '.join(f'{count} {suffix}' for suffix, count in suffixes.most_common(3)) or 'no files')
+
+
+def names_below(folder: str, folders: bool = True) -> Iterator[str]:
+    """Yield the paths below a folder, as mmseg lists them: links are followed, names with a dot in front left out.
+
+    Folders are yielded too, unless ``folders`` is false. A folder to which several links lead is listed once.
+    """
+    seen = set()
+    for place, inner, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        inner[:] = [name for name in inner if not name.startswith('.')]
+        names = [*(inner if folders else []), *files]
+        yield from (os.path.join(place, name) for name in sorted(names) if not name.startswith('.'))
 
 
 def missing_files(source: Source) -> list[Finding]:
@@ -207,6 +256,7 @@ def missing_files(source: Source) -> list[Finding]:
     split, labels = source.rules.split, [label for _, label in source.pairs if label is not None]
     paths = [path for pair in source.pairs for path in pair if path is not None]
     absent = set(paths) - present_files(paths)
+    others = _similar(absent, set(paths))
     if not source.pairs or (not labels and (source.rules.label is None or split == 'test')):
         unlabelled = []
     elif not labels:
@@ -215,27 +265,60 @@ def missing_files(source: Source) -> list[Finding]:
         unlabelled = [Finding(split, 'missing label', where, 'it has no folder of labels', remedy)]
     elif absent.issuperset(labels):
         folder = source.label_dir or str(Path(labels[0]).parent)
-        problem = f'none of the {len(labels)} labels exists ({_holdings(folder)}; the first expected is {labels[0]})'
+        there = f', but {others[labels[0]]} is there' if labels[0] in others else ''
+        expected = f'{_holdings(folder)}; the first expected is {labels[0]}{there}'
+        problem = f'none of the {len(labels)} labels exists ({expected})'
         remedy = 'correct seg_map_suffix and data_prefix in the config'
+        remedy += ', or rename the labels' if there else ''
         unlabelled = [Finding(split, 'missing label', folder, problem, remedy)]
     else:
-        remedy = 'restore the label or remove the image {}'
         unlabelled = [
-            Finding(split, 'missing label', label, _absence(label, 'label'), remedy.format(image))
+            _missing(split, 'label', label, others, f'restore it, or take the image {image} out of the data set')
             for image, label in source.pairs
             if label in absent
         ]
     return unlabelled + [
-        Finding(split, 'missing image', image, _absence(image, 'image'), 'restore it, or remove it from ann_file')
+        _missing(split, 'image', image, others, 'restore it, or take it out of ann_file')
         for image, _ in source.pairs
         if image in absent
     ]
 
 
-def _absence(path: str, kind: str) -> str:
+def _missing(split: str, kind: str, path: str, others: Mapping[str, str], remedy: str) -> Finding:
+    problem = missing_reason(path, kind)
+    if path in others:
+        problem += f', but {others[path]} is there'
+        suffix = 'img_suffix' if kind == 'image' else 'seg_map_suffix'
+        remedy = f'rename that file to {os.path.basename(path)}, or correct {suffix} in the config'
+    return Finding(split, f'missing {kind}', path, problem, remedy)
+
+
+def missing_reason(path: str, kind: str) -> str:
+    """Say what is in the place of a missing image or label."""
     if os.path.isdir(path):
         return f'the {kind} is a folder'
     return f'the {kind} is a broken link' if os.path.islink(path) else f'the {kind} is missing'
+
+
+def _similar(absent: Iterable[str], used: Collection[str]) -> dict[str, str]:
+    """Map missing files to unused ones whose name differs only by upper and lower case, or by the extension."""
+    folders: dict[str, dict[str, str]] = {}
+    found = {}
+    for path in absent:
+        folder, name = os.path.split(path)
+        if folder not in folders:
+            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+            free = [n for n in names if is_image(n) and os.path.join(folder, n) not in used]
+            folders[folder] = {os.path.splitext(n)[0].lower(): n for n in free}
+        other = folders[folder].get(os.path.splitext(name)[0].lower())
+        if other:
+            found[path] = other
+    return found
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name is not hidden and ends as those of images do."""
+    return not name.startswith('.') and os.path.splitext(name)[1].lower() in _IMAGES
 
 
 def present_files(paths: Iterable[str]) -> set[str]:
@@ -248,31 +331,3 @@ def present_files(paths: Iterable[str]) -> set[str]:
         except OSError:
             continue
     return found
-
-
-def left_over_files(source: Source) -> list[Finding]:
-    """Find what mmseg ignores silently: labels without an image, and image names that are not files."""
-    if source.listed or not source.image_suffix:
-        return []
-    split, known = source.rules.split, {os.path.normpath(path) for pair in source.pairs for path in pair if path}
-    findings = []
-    for path in _named(source.image_dir, source.image_suffix):
-        if path not in known and not os.path.isfile(path):
-            problem = _absence(path, 'image')
-            findings.append(Finding(split, 'missing image', path, problem, 'restore the image or remove the name'))
-    for path in _named(source.label_dir, source.label_suffix):
-        if path not in known and os.path.isfile(path):
-            remedy = 'add the image or remove the label'
-            findings.append(Finding(split, 'label without image', path, 'it has no image', remedy, fault=False))
-    return findings
-
-
-def _named(folder: str, suffix: str) -> list[str]:
-    if not folder or not suffix:
-        return []
-    return sorted(
-        os.path.normpath(os.path.join(place, name))
-        for place, folders, files in os.walk(folder)
-        for name in chain(folders, files)
-        if name.endswith(suffix) and not name.startswith('.')
-    )

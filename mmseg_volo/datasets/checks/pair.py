@@ -1,25 +1,22 @@
 """Check the content of an image and its label: both readable, of the same size, with valid label values."""
 
-import contextlib
 import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
-import mmcv
 import numpy as np
 
-from ...utils.processes import init_worker
-from .headers import read_header
+from .images import ImageError, check_image
 from .labels import LabelError, decode_label, label_table, likely_cause
-from .listing import Finding, Pair, Rules, Source
+from .listing import FILE_REMEDY, Finding, Pair, Rules, Source
 
 _NAMED = 5  # values that a finding lists
-_IGNORE_ORIENTATION = ('color_ignore_orientation', 'grayscale_ignore_orientation', 'unchanged')
-_messages = None  # in a worker process: the file that replaces stderr
+_DEPTH_REMEDY = (
+    'save the image with 8 bits, scaled to 0 to 255, or load all bits: LoadImageFromFile with color_type='
+    "'unchanged' and to_float32=True, and mean and std of data_preprocessor in the range of the values"
+)
 
 
 @dataclass
@@ -44,21 +41,25 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
         data = Path(image).read_bytes()
         result.digest = hashlib.blake2b(data, digest_size=16).digest()
         if rules.image:
-            shape, orientation, warning = _read_image(data, *rules.image)
-            if warning:
-                problem = f'the decoder says that the image is damaged ({warning})'
+            shape, orientation, damage, loss = check_image(data, *rules.image)
+            if damage:
+                problem = f'the decoder says that the image is damaged ({damage})'
                 add('damaged image', image, problem, 'look at it, and replace it if it is', fault=False)
-    except (OSError, ValueError) as error:
-        add('unreadable image', image, f'the image cannot be read ({_reason(error)})', 'restore it, or remove the pair')
+            if loss:
+                add('depth of an image', image, loss, _DEPTH_REMEDY, fault=False)
+    except ImageError as error:
+        add('unreadable image', image, error.problem, error.remedy)
+    except OSError as error:
+        add('unreadable image', image, f'the image cannot be read ({_reason(error)})', FILE_REMEDY)
     if label is None or rules.label is None:
         return result
     try:
-        ids = decode_label(Path(label).read_bytes(), *rules.label)
+        ids = decode_label(Path(label).read_bytes(), rules.label[1], limited=rules.label[0] == 'LoadAnnotations')
     except LabelError as error:
         add(error.kind, label, error.problem, error.remedy)
         return result
     except OSError as error:
-        add('unreadable label', label, f'the label cannot be read ({_reason(error)})', 'restore it')
+        add('unreadable label', label, f'the label cannot be read ({_reason(error)})', FILE_REMEDY)
         return result
 
     result.values = _histogram(ids)
@@ -82,7 +83,7 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
                 problem += f' ({first} to {rules.classes - 1 + first} in the file, {rules.ignore_index} is ignored)'
             add('label value', label, problem, likely_cause(table[wrong].tolist(), rules.classes, bool(first)))
     if not (result.values * ~known).any():
-        remedy = 'remove the pair if that is not intended'
+        remedy = 'correct the label if that is not intended'
         add('no labelled pixel', label, 'every pixel of the label is ignored', remedy, fault=False)
     return result
 
@@ -91,59 +92,8 @@ def _size(shape: Sequence[int]) -> str:
     return f'{shape[1]} x {shape[0]}'
 
 
-def _reason(error: Exception) -> str:
-    return getattr(error, 'strerror', None) or str(error)
-
-
-def _read_image(data: bytes, flag: str, backend: str) -> tuple[tuple[int, int] | None, int, str]:
-    """Return the size (H, W) after loading, the EXIF orientation (1 if not applied) and the decoder's warning or ''.
-
-    The checksums of a PNG prove that it is intact. A JPEG has none, so it is decoded at an eighth of its size, to see
-    the warnings.
-
-    Raises:
-        ValueError: the image is cut off, damaged or of an unknown format.
-    """
-    header, warning = read_header(data), ''
-    orientation = 1 if flag in _IGNORE_ORIENTATION else header.orientation
-    if header.format == 'jpeg':
-        with _decoder_warnings() as lines:
-            _decode(cv2.imdecode, np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        warning = ' '.join(lines)
-    if header.format == 'other' or orientation != 1:
-        image = _decode(mmcv.imfrombytes, data, flag=flag, backend=backend)
-        return image.shape[:2], orientation, warning
-    return header.shape, orientation, warning
-
-
-def _decode(decoder: Callable, *args, **kwargs) -> np.ndarray:
-    try:
-        image = decoder(*args, **kwargs)
-    except Exception as error:  # decoders may raise anything on broken data
-        raise ValueError('it is damaged or not an image') from error
-    if image is None:
-        raise ValueError('it is damaged or not an image')
-    return image
-
-
-def init_checker() -> None:
-    """Initialise a worker process. libjpeg reports damage on stderr only, so a file replaces stderr."""
-    global _messages
-    init_worker()
-    cv2.setNumThreads(0)
-    _messages = tempfile.TemporaryFile()  # noqa: SIM115 (stays open as long as the worker)
-    os.dup2(_messages.fileno(), 2)
-
-
-@contextlib.contextmanager
-def _decoder_warnings() -> Iterator[list[str]]:
-    """Yield a list that holds, after the block, the first line that a decoder printed; empty outside a worker."""
-    lines: list[str] = []
-    before = os.lseek(2, 0, os.SEEK_END) if _messages else 0
-    yield lines
-    if _messages and os.lseek(2, 0, os.SEEK_END) > before:
-        _messages.seek(before)
-        lines += _messages.read().decode(errors='replace').splitlines()[:1]
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def _histogram(ids: np.ndarray) -> np.ndarray:

@@ -1,12 +1,19 @@
 """What mmseg makes of the values of a label file."""
 
+import io
+import warnings
+
+import mmcv
 import numpy as np
 import pytest
-from faulty_data import write
+from faulty_data import dataset_config, random_label, write
 from mmseg.datasets.transforms import LoadAnnotations
-from mmseg.registry import TRANSFORMS
+from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 
-from mmseg_volo.datasets.checks.labels import label_table
+from mmseg_volo.datasets.checks.check import quick_check
+from mmseg_volo.datasets.checks.labels import LabelError, decode_label, label_table
+from mmseg_volo.errors import DataError
 
 
 @pytest.mark.parametrize('reduced', [False, True])
@@ -19,3 +26,46 @@ def test_labels_equal_those_of_mmseg(tmp_path, reduced, label_map):
     assert ours['seg_fields'] == ['gt_seg_map'] and ours['gt_seg_map'].dtype == np.uint8
     assert (ours['gt_seg_map'] == theirs['gt_seg_map']).all()
     assert (label_table(reduced, label_map) == theirs['gt_seg_map'].ravel()).all()
+
+
+def png(ids: np.ndarray, mode: str, bits: int) -> bytes:
+    """A PNG of a Pillow mode, with so many bits per value."""
+    image = Image.fromarray(ids)
+    if mode == 'P':
+        image.putpalette(bytes(range(256)) * 3)
+    file = io.BytesIO()
+    image.convert(mode).save(file, 'PNG', bits=bits)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(('mode', 'bits'), [('L', 8), ('P', 8), ('P', 4), ('P', 2), ('P', 1), ('1', 1), ('I;16', 16)])
+def test_a_label_over_pillows_limit_is_read_like_any_other(monkeypatch, mode, bits):
+    content = png(random_label(3) % (2 if bits == 1 else 4), mode, bits)
+    expected = mmcv.imfrombytes(content, flag='unchanged', backend='pillow')
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)  # an error above twice as many
+    with pytest.raises(Image.DecompressionBombError):
+        mmcv.imfrombytes(content, flag='unchanged', backend='pillow')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert (decode_label(content) == expected).all()
+    assert Image.MAX_IMAGE_PIXELS == 400
+
+
+def test_the_check_knows_which_transform_has_pillows_limit(data, monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 400)
+    cfg = dataset_config(data)
+    quick_check(cfg)
+    assert (DATASETS.build(cfg)[3]['data_samples'].gt_sem_seg.data[0].numpy() == random_label(3)).all()
+    cfg['pipeline'] = [cfg['pipeline'][0], dict(type='LoadAnnotations')]
+    with pytest.raises(Image.DecompressionBombError):
+        DATASETS.build(cfg)[3]
+    with pytest.raises(DataError, match='LoadAnnotations cannot read it; use LoadCheckedAnnotations in its place'):
+        quick_check(cfg)
+
+
+def test_a_label_with_transparency_is_called_that():
+    ids = random_label(0)
+    for mode, words in (('LA', 'the second is transparency: save the first'), ('RGBA', 'the first three are equal')):
+        with pytest.raises(LabelError, match=f'channels; {words}'):
+            decode_label(png(ids, mode, 8))
+    assert (decode_label(png(ids.astype(np.uint16), 'I;16', 16)) == ids).all()

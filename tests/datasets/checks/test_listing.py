@@ -25,7 +25,7 @@ def test_wrappers_and_lists(data):
     assert report.files == 9 and not report.findings
     quick_check(both)
     (data / 'labels/val/1.png').unlink()
-    with pytest.raises(DataError, match=r'labels/val/1\.png: the label is missing; restore'):
+    with pytest.raises(DataError, match=r'labels/val/1\.png: the label is missing; restore it'):
         quick_check(both)
     (data / 'list.txt').write_text('0\n2\n')
     report = check_split('val', dataset_config(data, 'val', ann_file='list.txt'), workers=1)

@@ -1,0 +1,82 @@
+"""Turn errors of constructors that are built from a config into one line with the key."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import USER_ERRORS, ConfigError
+
+# Raised outside a constructor too, by the runner that reads the config.
+_BUILD_ERRORS = ValueError, TypeError, KeyError, AttributeError, AssertionError
+
+
+@contextmanager
+def building(config: Mapping, key: str) -> Iterator[None]:
+    """Raise what a constructor raises as a ConfigError 'CONFIG: KEY: reason'. For building only, never for training.
+
+    Args:
+        config: the whole config; its ``filename`` is named.
+        key: the part that is built. An inner part of it is named instead if the error came from there.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except Exception as error:
+        place = _place(config, error)
+        if isinstance(error, torch.OutOfMemoryError) or not (place or isinstance(error, _BUILD_ERRORS)):
+            raise
+        reason = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or 'is not accepted'
+        where = f'{source_of(config)}{place or key}'
+        raise ConfigError(f'{where}: {_one_line(reason)} ({type(error).__name__})') from error
+
+
+def source_of(config: Mapping) -> str:
+    """The file of a config, as the beginning of a message; empty if it has none."""
+    filename = getattr(config, 'filename', None)
+    return f'{Path(filename).name}: ' if filename else ''
+
+
+def _one_line(reason: Any) -> str:
+    text = ' '.join(str(reason).split())
+    return text if len(text) <= 400 else f'{text[:400]}...'
+
+
+# Functions of mmengine that build from a config, and their argument with the config.
+_BUILDERS = dict(build_from_cfg='cfg', build_dataloader='dataloader')
+
+
+def _place(config: Mapping, error: BaseException) -> str | None:
+    """The key of the innermost part that mmengine was building from its config when the error was raised."""
+    found, trace = None, error.__traceback__
+    whole = dict(config.items())
+    while trace is not None:
+        frame = trace.tb_frame
+        part = frame.f_locals.get(_BUILDERS.get(frame.f_code.co_name, ''))
+        if isinstance(part, Mapping):
+            found = _key_of(part, whole, '') or found
+        trace = trace.tb_next
+    return found
+
+
+def _key_of(part: Mapping, within: Any, key: str) -> str | None:
+    """Where a nested config has ``part``, which may have got or lost keys on the way to its constructor."""
+    if isinstance(within, Mapping):
+        if key and within.get('type') == part.get('type') and {*within} & {*part} and _agree(part, within):
+            return key
+        items = list(within.items())
+    elif isinstance(within, list | tuple):
+        items = list(enumerate(within))
+    else:
+        return None
+    return next((at for name, value in items if (at := _key_of(part, value, f'{key}.{name}'.lstrip('.')))), None)
+
+
+def _agree(part: Mapping, within: Mapping) -> bool:
+    both = ({*part} & {*within}) - {'dataset'}  # a data set is built before its loader
+    if 'type' not in part and len(both) < len(within) - 1:
+        return False
+    return all(part[name] == within[name] for name in both)

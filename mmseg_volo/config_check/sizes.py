@@ -1,0 +1,113 @@
+"""Faults in sizes: crops against the size that batches are padded to, and sliding windows."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mmseg.models import EncoderDecoder, SegDataPreProcessor
+from mmseg.models.backbones import MAE, BEiT
+
+from ..models.segmentors import StreamingEncoderDecoder
+from .lookup import NOTHING
+from .parts import Part
+
+# Transforms that leave the size of an image as it is.
+_SAME_SIZE = {
+    'LoadImageFromFile',
+    'LoadCheckedImage',
+    'LoadAnnotations',
+    'LoadCheckedAnnotations',
+    'RandomFlip',
+    'PhotoMetricDistortion',
+    'RandomCutOut',
+    'CLAHE',
+    'AdjustGamma',
+    'RGB2Gray',
+    'Rerange',
+    'GenerateEdge',
+    'PackSegInputs',
+}
+
+
+def check_crop(model: Sequence[Part], transforms: Sequence[Part]) -> Iterator[str]:
+    """The fault that training images may be larger than the size that their batch is padded to.
+
+    Args:
+        model: all parts of the model.
+        transforms: one training pipeline, in its order.
+    """
+    pre = next((part for part in model if part.is_a(SegDataPreProcessor)), None)
+    if pre is None:
+        return
+    size, divisor = pre.get('size'), pre.get('size_divisor')
+    if (size is None) == (divisor is None):
+        given = 'neither' if size is None else 'both'
+        yield f'{pre.key}: {given} of size and size_divisor set; training needs exactly one, such as size=(512, 512)'
+        return
+    if size is None or size is NOTHING:
+        return
+    if not _is_pair(size):
+        yield f'{pre.key}.size: {size!r} is no (height, width)'
+        return
+    for backbone in (part for part in model if part.is_a(BEiT, MAE)):
+        side = backbone.get('img_size')
+        if tuple(size) != (tuple(side) if _is_pair(side) else (side, side)):
+            yield (
+                f'{backbone.key}.img_size: {side}, but batches have {pre.key}.size = {tuple(size)}, and '
+                f'{backbone.kind.__name__} takes only the size that it is built for; make them equal'
+            )
+    largest = _largest(transforms)
+    if largest is not None:
+        key, crop = largest
+        if crop[0] > size[0] or crop[1] > size[1]:
+            yield (
+                f'{key}: images of {crop[0]} x {crop[1]} pixels (height x width) are larger than '
+                f'{pre.key}.size = {tuple(size)}, to which batches are padded; make them equal'
+            )
+
+
+def _largest(transforms: Sequence[Part]) -> tuple[str, tuple[int, int]] | None:
+    """The key that bounds the size of training images, and this size (height, width), if it is known."""
+    found = None
+    for step in transforms:
+        name = getattr(step.kind, '__name__', None)
+        if name in ('RandomCrop', 'CenterCrop'):
+            crop = step.cfg.get('crop_size')
+            crop = (crop, crop) if isinstance(crop, int) else crop
+            found = (f'{step.key}.crop_size', tuple(crop)) if _is_pair(crop) else None
+        elif name == 'Resize' and step.get('keep_ratio') is False and _is_pair(step.cfg.get('scale')):
+            found = (f'{step.key}.scale', tuple(step.cfg['scale'])[::-1])
+        elif name == 'RandomRotate' and step.get('auto_bound') is False:
+            continue
+        elif name not in _SAME_SIZE:
+            found = None
+    return found
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(side, int) for side in value)
+
+
+def check_windows(segmentor: Part, predicts: bool) -> Iterator[str]:
+    """The faults in the ``test_cfg`` of a segmentor, which it needs if it ``predicts``."""
+    cfg = segmentor.cfg.get('test_cfg')
+    own_modes = getattr(segmentor.kind, 'inference', None) is not EncoderDecoder.inference
+    if own_modes and not segmentor.is_a(StreamingEncoderDecoder):
+        return
+    if not isinstance(cfg, dict):
+        if predicts:
+            yield f"{segmentor.key}.test_cfg: not set, but predictions need it; set test_cfg=dict(mode='whole')"
+        return
+    key, mode = f'{segmentor.key}.test_cfg', cfg.get('mode', 'whole')
+    if mode not in ('slide', 'whole'):
+        yield f"{key}.mode: {mode!r} is neither 'slide' nor 'whole'"
+    if mode != 'slide':
+        return
+    crop, stride = cfg.get('crop_size'), cfg.get('stride')
+    for name, value in (('crop_size', crop), ('stride', stride)):
+        if not _is_pair(value):
+            yield f"{key}.{name}: {value!r} is no (height, width); mode='slide' needs {name}, such as (512, 512)"
+    if _is_pair(crop) and _is_pair(stride) and not all(0 < s <= c for c, s in zip(crop, stride, strict=True)):
+        yield (
+            f'{key}.stride: {tuple(stride)} with crop_size = {tuple(crop)} leaves pixels out; a stride goes from 1 to '
+            'the size of the window'
+        )
