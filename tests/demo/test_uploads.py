@@ -1,6 +1,5 @@
 """Uploads: read as the package reads images, or refused before decoding with a message for their owner."""
 
-import os
 import time
 
 import cv2
@@ -9,7 +8,7 @@ import pytest
 from demo_server import LIMITS, bad_files, image_file, random_image
 from PIL import Image
 
-from mmseg_volo.demo.uploads import RefusedImage, Store, read_upload, try_decoding
+from mmseg_volo.demo.uploads import RefusedImage, read_upload, try_decoding
 
 
 def test_images_of_every_format_are_read_as_pil_reads_them(tmp_path):
@@ -77,20 +76,3 @@ def test_a_file_that_keeps_a_decoder_busy_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.executable', str(tmp_path / 'crash'))
     with pytest.raises(RefusedImage, match='The file is broken: decoding it fails'):
         try_decoding(tif, 1)
-
-
-def test_the_store_keeps_its_size(tmp_path):
-    def write(name: str, size: int, age: float) -> None:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(bytes(size))
-        os.utime(tmp_path / name, (time.time() - age,) * 2)
-
-    write('examples/1.png', 50 * 2**20, 9000)
-    store = Store(tmp_path, megabytes=1)  # keeps 100 MB
-    for i in range(6):
-        write(f'{i}/image.png', 30 * 2**20, 1000 * (i + 1))
-    write('tmpcut', 10, 3600)  # what an interrupted upload leaves, and one that goes on
-    write('tmpnow', 10, 1)
-    store.make_room()
-    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()}
-    assert left == {'examples/1.png', '0/image.png', '1/image.png', '2/image.png', 'tmpnow'}
