@@ -15,7 +15,7 @@ from mmseg_volo.cli import run_tool
 from mmseg_volo.demo import check_installed
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
-from mmseg_volo.inference.sources import find_images
+from mmseg_volo.inference.sources import IMAGE_SUFFIXES, find_images
 from mmseg_volo.utils.config import load_config
 
 
@@ -66,7 +66,7 @@ def _images(folder: str) -> list[Path]:
     try:
         return list(find_images([folder]))[:10]
     except FileNotFoundError as error:
-        raise ConfigError(f'--examples: {error}') from error
+        raise ConfigError(f'--examples: there are no images ({", ".join(IMAGE_SUFFIXES)}) in {folder}') from error
 
 
 if __name__ == '__main__':

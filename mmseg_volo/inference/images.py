@@ -7,7 +7,7 @@ import cv2
 import mmcv
 import numpy as np
 
-from ..datasets.checks.depth import bands_of
+from ..datasets.checks.depth import DARK, bands_of, lost_bits
 from ..datasets.checks.headers import read_header
 
 
@@ -53,6 +53,8 @@ def as_bgr(image: np.ndarray) -> np.ndarray:
 def read_image(path: Path) -> np.ndarray:
     """Read an image file: BGR (H, W, 3), uint8, turned as its EXIF orientation says.
 
+    A warning tells if a file of 16 bits becomes near black, because it does not use its upper bits.
+
     For the pixels that the loader of a config reads, use :meth:`mmseg_volo.inference.Predictor.read`.
 
     Raises:
@@ -69,6 +71,8 @@ def read_image(path: Path) -> np.ndarray:
         raise ValueError(why_unreadable(data)) from error
     if image is None:
         raise ValueError(why_unreadable(data))
+    if image.dtype == np.uint8 and image.max() < DARK and (lost := lost_bits(path)):
+        warnings.warn(f'{path}: {lost}', stacklevel=2)
     return as_bgr(image)
 
 

@@ -124,9 +124,9 @@ class Predictor:
         Raises:
             ValueError: the loader cannot read it, or the model needs more channels.
         """
-        loaded = self.pipeline.from_frame(frame)
-        if self.channels > 3:
-            raise ValueError(f'the frames of a video have 3 channels, the model takes {self.channels}')
+        loaded, needed = self.pipeline.from_frame(frame), expected_by(self._segmentor).channels or 0
+        if needed > 3 and loaded.results['img'].shape[2:] < (needed,):
+            raise ValueError(f'the frames of a video have 3 channels, the model takes {needed}')
         return loaded
 
     def prepare(self, image: np.ndarray | str | PathLike | LoadedImage) -> dict:

@@ -11,10 +11,9 @@ from mmseg.models import EncoderDecoder, SegDataPreProcessor
 from mmseg.utils import SampleList
 from torch import Tensor, nn
 
-from ..datasets.checks.depth import stored_range
+from ..datasets.checks.depth import DARK, lost_bits
 from .volo import VOLO
 
-_DARK = 64  # a 16-bit file whose upper 8 bits stay below this may hold values of 14 bits or fewer
 _told: set[str] = set()  # what was said once
 
 
@@ -73,7 +72,7 @@ def check_images(segmentor: EncoderDecoder, images: Sequence[Tensor], samples: S
             continue
         if image.dtype != torch.uint8 or expected.mean > 255 or (path is None and expected.is_unit):
             _check_range(expected, image, path)
-        elif path and image[:, ::8, ::8].max() < _DARK and image.max() < _DARK:
+        elif path and image[:, ::8, ::8].max() < DARK and image.max() < DARK:
             _tell_of_lost_bits(path)
 
 
@@ -135,18 +134,8 @@ def _remedy(path: str | None) -> str:
 
 
 def _tell_of_lost_bits(path: str) -> None:
-    if (os.path.dirname(path), 'bits') in _told:
-        return
-    found = stored_range(path)
-    if found:
-        low, high = found
-        _tell(
-            path,
-            f'the file has 16 bits and values from {low} to {high}; the loader keeps the upper 8 bits, so the model '
-            f'sees {low >> 8} to {high >> 8} of 255. If these are values of {high.bit_length()} bits, multiply them '
-            f'by {2 ** (16 - high.bit_length())}, or load them unchanged',
-            'bits',
-        )
+    if (os.path.dirname(path), 'bits') not in _told and (lost := lost_bits(path)):
+        _tell(path, lost, 'bits')
 
 
 def _tell(path: str | None, problem: str, kind: str = 'range') -> None:

@@ -101,6 +101,50 @@ def test_images_and_videos_together(model, tmp_path, monkeypatch, capsys):
     assert len(frames_of(out / 'a_overlay.webm')[0]) == 4
 
 
+def test_more_than_256_classes_are_written_in_16_bits(model, tmp_path):
+    names = [f'class {i}' for i in range(300)]
+    config = load_config(model[0])
+    config.model.decode_head.num_classes = 300
+    config.test_dataloader.dataset.metainfo = dict(classes=names, palette=[[i // 2, i % 256, 7] for i in range(300)])
+    torch.manual_seed(0)
+    built = init_model(config, device='cpu')
+    with torch.no_grad():
+        built.decode_head.conv_seg.bias[255:] += 9
+    torch.save(dict(state_dict=built.state_dict(), meta=dict(dataset_meta=built.dataset_meta)), tmp_path / 'x.pth')
+    predictor = Predictor(config, str(tmp_path / 'x.pth'), 'cpu')
+    images = draw(tmp_path / 'images', 1)
+    assert predict_files(predictor, [str(images)], str(tmp_path / 'out'), True, opacity=1) == {}
+    ids = cv2.imread(str(tmp_path / 'out/0.png'), -1)
+    assert ids.dtype == np.uint16 and np.array_equal(ids, predictor(images / '0.png'))
+    assert len(np.unique(ids)) > 1 and ids.max() > 255
+    colours = np.array(predictor.palette)[ids][..., ::-1]
+    assert np.array_equal(cv2.imread(str(tmp_path / 'out/0_overlay.png'))[: ids.shape[0], : ids.shape[1]], colours)
+
+
+def test_the_decoder_does_not_write_between_the_lines_of_the_bar(model, tmp_path, monkeypatch, capfd):
+    image = np.dstack([frame(0, 48, 96), np.full((48, 96), 200, np.uint8)])
+    cv2.imwrite(str(tmp_path / 'bands.tif'), image)  # OpenCV warns of tags in its own file
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_WARNING)  # earlier tests have run the tool
+    cv2.imread(str(tmp_path / 'bands.tif'))
+    assert 'TIFF_Warning' in capfd.readouterr().err
+    try:
+        given = *model, tmp_path / 'bands.tif', '--device', 'cpu', '--out', tmp_path / 'out'
+        assert main(*given, monkeypatch=monkeypatch) == 0
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    assert 'WARN' not in capfd.readouterr().err
+
+
+def test_results_that_would_replace_one_another_are_refused(recipe, tmp_path):
+    images = draw(tmp_path / 'images', 1)
+    (images / '0_overlay.png').write_bytes((images / '0.png').read_bytes())
+    with pytest.raises(FileExistsError, match=r'0\.png and .*0_overlay\.png would both be written to 0_overlay\.png'):
+        predict_files(recipe, [str(images)], str(tmp_path / 'out'), True)
+    assert predict_files(recipe, [str(images)], str(tmp_path / 'out')) == {}
+    assert sorted(contents(tmp_path / 'out')) == ['0.png', '0_overlay.png']
+
+
 def test_output_folders_that_cannot_be_written(recipe, tmp_path):
     images = draw(tmp_path / 'images', 1)
     (tmp_path / 'file').write_text('')

@@ -1,6 +1,8 @@
 """All tools predict the pixels that the loader of the config's test pipeline reads."""
 
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -17,7 +19,7 @@ from small_models import build, segmentor_config
 from mmseg_volo.demo.shared_model import SharedModel
 from mmseg_volo.demo.uploads import read_upload
 from mmseg_volo.errors import ConfigError
-from mmseg_volo.inference import Predictor
+from mmseg_volo.inference import Predictor, as_bgr, read_image
 from mmseg_volo.inference.files import predict_files
 from mmseg_volo.inference.images import for_display
 from mmseg_volo.inference.video import predict_video
@@ -266,3 +268,31 @@ def test_loaded_images_of_every_kind_can_be_shown():
     assert deep.dtype == np.uint8 and deep.min() < 20 and deep.max() > 235
     assert np.corrcoef(deep.ravel(), image[..., :3].ravel())[0, 1] > 0.99
     assert for_display(np.full((40, 40), np.nan)).max() == 0
+
+
+def test_12_bits_that_become_near_black_are_named(tmp_path):
+    deep = draw()[..., :3].astype(np.uint16) * 16
+    cv2.imwrite(str(tmp_path / 'a.png'), deep)
+    cv2.imwrite(str(tmp_path / 'b.png'), deep * 16)
+    with pytest.warns(UserWarning, match=r'a\.png: the file has 16 bits and values from \d+ to 4080.*0 to 15 of 255'):
+        assert read_image(tmp_path / 'a.png').max() == 15
+    with pytest.warns(
+        UserWarning, match=r'uint16: values up to 4080.*0 to 15 of 255. Multiply values of 12 bits by 16'
+    ):
+        assert as_bgr(deep).max() == 15
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert read_image(tmp_path / 'b.png').max() == as_bgr(deep * 16).max() == 255
+
+
+def test_a_loader_of_remote_sensing_images(files, monkeypatch):
+    """mmseg's own, which needs GDAL; here with a stand-in."""
+    cfg = config(dict(type='LoadSingleRSImageFromFile'), 4)
+    monkeypatch.setattr('mmseg.datasets.transforms.loading.gdal', None)
+    with pytest.raises(ConfigError, match='gdal is not installed'):
+        Predictor(cfg, weights(files.parent, 4), 'cpu')
+    stand_in = SimpleNamespace(ReadAsArray=lambda: draw().transpose(2, 0, 1))
+    monkeypatch.setattr('mmseg.datasets.transforms.loading.gdal', SimpleNamespace(Open=lambda name: stand_in))
+    predictor = Predictor(cfg, weights(files.parent, 4), 'cpu')
+    assert np.array_equal(predictor(files / 'bands.tif'), of_the_data_set(predictor, cfg, files / 'bands.tif'))
+    assert predictor.read(files / 'bands.tif').shown().shape == (HEIGHT, WIDTH, 3)

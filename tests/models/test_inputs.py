@@ -136,4 +136,4 @@ def test_12_bits_in_a_file_of_16_bits_are_told(suffix, models, told, tmp_path):
     assert not told
     models['8 bits'].val_step(dict(inputs=[load(path)], data_samples=[SegDataSample(metainfo=dict(img_path=path))]))
     assert len(told) == 1 and told[0].startswith(f'{path}: the file has 16 bits and values from 5 to 409')
-    assert 'the model sees 0 to 15 of 255. If these are values of 12 bits, multiply them by 16' in told[0]
+    assert 'which leaves 0 to 15 of 255. If these are values of 12 bits, multiply them by 16, or' in told[0]

@@ -10,6 +10,8 @@ from PIL import TiffImagePlugin
 
 _PNG = b'\x89PNG\r\n\x1a\n'
 _BITS, _BANDS = 258, 277  # TIFF tags
+_FEW = 2**14  # values of 16-bit files below this are near black in 8 bits
+DARK = _FEW >> 8
 
 
 def tiff_tags(data: bytes) -> dict:
@@ -32,7 +34,21 @@ def bands_of(data: bytes) -> int:
     return bands if isinstance(bands, int) else 0
 
 
-def stored_range(path: str) -> tuple[int, int] | None:
+def lost_bits(path: str | Path) -> str | None:
+    """Say what an 8-bit decoder makes of a 16-bit file that does not use its upper bits; None for other files."""
+    found = stored_range(path)
+    if found is None or found[1] >= _FEW:
+        return None
+    low, high = found
+    bits = high.bit_length()
+    return (
+        f'the file has 16 bits and values from {low} to {high}; a decoder to 8 bits keeps the upper ones, which leaves '
+        f'{low >> 8} to {high >> 8} of 255. If these are values of {bits} bits, multiply them by {2 ** (16 - bits)}, '
+        'or load them unchanged'
+    )
+
+
+def stored_range(path: str | Path) -> tuple[int, int] | None:
     """Return the least and the greatest value of a PNG or TIFF file of 16 bits; None for other files."""
     try:
         data = Path(path).read_bytes()
