@@ -1,7 +1,8 @@
 """Check all files of a config's data sets before training: tools/check_data.py CONFIG.
 
-Finds missing and broken files, images and labels of different sizes, labels that do not fit the config, and images that
-two splits share. Prints and plots how often each class occurs. The exit status is 1 if there is a fault.
+Finds missing and broken files, images that are not used because of their names, or not read with all their bits or
+bands, images and labels of different sizes, labels that do not fit the config, and images that two splits share.
+Prints and plots how often each class occurs. The exit status is 1 if there is a fault.
 """
 
 import argparse

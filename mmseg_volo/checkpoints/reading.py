@@ -89,7 +89,7 @@ def _safe_globals() -> list:
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
-def load_from_local(filename: str, map_location: MapLocation = None):
+def load_from_local(filename: str, map_location: MapLocation = None) -> object:
     """Read a ``.pth``, ``.pth.tar`` or ``.safetensors`` file.
 
     Args:
@@ -115,7 +115,7 @@ def load_from_local(filename: str, map_location: MapLocation = None):
     return as_read(content, str(path))
 
 
-def load(source: str | Path, map_location: MapLocation = 'cpu'):
+def load(source: str | Path, map_location: MapLocation = 'cpu') -> object:
     """Read a file or URL of any scheme, as mmengine does."""
     return CheckpointLoader.load_checkpoint(str(source), map_location, 'current')
 
@@ -159,7 +159,7 @@ def read_meta(path: Path) -> dict:
     return meta if isinstance(meta, dict) else {}
 
 
-def _read_torch(path: Path, map_location: MapLocation):
+def _read_torch(path: Path, map_location: MapLocation) -> object:
     size = _check_bytes(path)
     content = _parse(path, map_location)
     check_structure(content, str(path), size)
@@ -175,14 +175,14 @@ def _check_bytes(path: Path) -> int:
     holds = seal_holds(path)
     if holds is False:
         raise CheckpointError(f'{path}: {_BROKEN} (its SHA-256 is not that of the saved file)')
-    if holds is None and zipfile.is_zipfile(path):
+    if zipfile.is_zipfile(path):
         try:
-            # torch.load does not check the checksums that torch.save wrote.
             with zipfile.ZipFile(path) as records:
                 unpacked = sum(record.file_size for record in records.infolist())
                 if unpacked > _UNPACKED * size + 2**26:  # torch.save does not compress
                     raise CheckpointError(f'{path}: refused, because it unpacks to {unpacked / 2**30:.1f} GiB')
-                broken = records.testzip()
+                # torch.load does not check the checksums that torch.save wrote.
+                broken = None if holds else records.testzip()
         except CheckpointError:
             raise
         except Exception as error:  # the ZIP parser may raise anything on broken bytes
@@ -193,7 +193,7 @@ def _check_bytes(path: Path) -> int:
     return size
 
 
-def _parse(path: Path, map_location: MapLocation, mmap: bool = False):
+def _parse(path: Path, map_location: MapLocation, mmap: bool = False) -> object:
     if path.stat().st_size == 0:
         raise CheckpointError(f'{path}: the file is empty; copy or download it again')
     if map_location is None and not torch.cuda.is_available():
@@ -216,7 +216,7 @@ def _parse(path: Path, map_location: MapLocation, mmap: bool = False):
 
 
 @CheckpointLoader.register_scheme(prefixes=('http://', 'https://'), force=True)
-def load_from_http(url: str, map_location: MapLocation = None):
+def load_from_http(url: str, map_location: MapLocation = None) -> object:
     """Download a checkpoint once into torch's hub cache, then read it like a local file.
 
     Raises:
@@ -247,7 +247,7 @@ def _download(url: str, path: Path) -> None:
 
 
 @CheckpointLoader.register_scheme(prefixes=('modelzoo://', 'torchvision://'), force=True)
-def load_from_torchvision(name: str, map_location: MapLocation = None):
+def load_from_torchvision(name: str, map_location: MapLocation = None) -> object:
     """Download the weights of a torchvision model by mmengine's name for it, as ``torchvision://resnet50``.
 
     Raises:
@@ -257,7 +257,7 @@ def load_from_torchvision(name: str, map_location: MapLocation = None):
 
 
 @CheckpointLoader.register_scheme(prefixes=('open-mmlab://', 'openmmlab://'), force=True)
-def load_from_openmmlab(name: str, map_location: MapLocation = None):
+def load_from_openmmlab(name: str, map_location: MapLocation = None) -> object:
     """Read weights by OpenMMLab's name for them; its list gives a URL or a file in ``MMENGINE_HOME``.
 
     Raises:
@@ -271,7 +271,7 @@ def load_from_openmmlab(name: str, map_location: MapLocation = None):
 
 
 @CheckpointLoader.register_scheme(prefixes='mmcls://', force=True)
-def load_from_mmcls(name: str, map_location: MapLocation = None):
+def load_from_mmcls(name: str, map_location: MapLocation = None) -> object:
     """Download a classifier of MMClassification, as ``mmcls://convnext-tiny``, and keep its backbone.
 
     Raises:
@@ -292,7 +292,7 @@ def _look_up(name: str, known: Mapping[str, str]) -> str:
 
 
 @CheckpointLoader.register_scheme(prefixes=(r'(\S+\:)?s3://', r'(\S+\:)?petrel://'), force=True)
-def load_from_ceph(url: str, map_location: MapLocation = None):
+def load_from_ceph(url: str, map_location: MapLocation = None) -> object:
     """Fetch a checkpoint through mmengine's Petrel backend, then read it like a local file.
 
     Raises:
@@ -305,7 +305,7 @@ def load_from_ceph(url: str, map_location: MapLocation = None):
 
 
 @CheckpointLoader.register_scheme(prefixes='pavi://', force=True)
-def load_from_pavi(url: str, map_location: MapLocation = None):
+def load_from_pavi(url: str, map_location: MapLocation = None) -> object:
     """Fetch a checkpoint from Pavi, then read it like a local file.
 
     Raises:
@@ -336,7 +336,7 @@ def _fetch_to_temporary(url: str, fetch: Callable[[Path], None], map_location: M
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://', force=True)
-def load_from_timm(name: str, map_location: MapLocation = None):
+def load_from_timm(name: str, map_location: MapLocation = None) -> object:
     """Read the weights of a timm model, as ``timm://volo_d4_448.sail_in1k``, from the Hugging Face hub or its cache.
 
     Raises:

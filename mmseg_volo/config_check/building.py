@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.runner import BaseLoop
 
 from ..errors import USER_ERRORS, ConfigError
 
@@ -32,6 +33,30 @@ def building(config: Mapping, key: str) -> Iterator[None]:
         reason = error.args[0] if isinstance(error, KeyError) and error.args else str(error) or 'is not accepted'
         where = f'{source_of(config)}{place or key}'
         raise ConfigError(f'{where}: {_one_line(reason)} ({type(error).__name__})') from error
+
+
+class NamedBuildErrors:
+    """Mixin for mmengine's Runner, first in the bases: what it builds later is built inside :func:`building` too."""
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        with building(self.cfg, 'train_cfg'):
+            return super().build_train_loop(loop)
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        with building(self.cfg, 'val_cfg'):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        with building(self.cfg, 'test_cfg'):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
+        with building(self.cfg, 'optim_wrapper'):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: Any) -> Any:
+        with building(self.cfg, 'param_scheduler'):
+            return super().build_param_scheduler(scheduler)
 
 
 def source_of(config: Mapping) -> str:

@@ -16,8 +16,10 @@ class LoadCheckedAnnotations(LoadAnnotations):
     """mmseg's ``LoadAnnotations``, same arguments and labels, which rejects labels that mmseg would misread.
 
     It raises DataError with the label's path if the file cannot be read, has several channels or values above 255, or
-    has another size than the image. Without ``seg_map_path`` in the results it does nothing. So ``inference_model`` and
-    ``MMSegInferencer`` can run pipelines that contain it.
+    has another size than the image. It reads labels of any number of pixels, also above Pillow's limit.
+
+    Without ``seg_map_path`` in the results it does nothing. So ``inference_model`` and ``MMSegInferencer`` can run
+    pipelines that contain it.
     """
 
     def transform(self, results: dict) -> dict:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .page import Page
-from .uploads import IDLE, Store
+from .store import IDLE, Store
 
 # What the page itself requests. Gradio's other routes would fetch addresses, or let programs call the model.
 _ROUTES = re.compile(

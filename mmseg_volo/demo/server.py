@@ -19,7 +19,8 @@ from ..errors import ConfigError
 from .guard import Guard
 from .page import CSS, Page
 from .shared_model import SharedModel
-from .uploads import Limits, Store
+from .store import Store
+from .uploads import Limits
 
 _FONTS = ['system-ui', '-apple-system', 'Segoe UI', 'Roboto', 'sans-serif']  # Gradio's own come from Google
 

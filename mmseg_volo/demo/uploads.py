@@ -2,12 +2,9 @@
 
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from stat import S_ISREG
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
@@ -15,13 +12,12 @@ from PIL import Image, UnidentifiedImageError
 from ..datasets.checks.headers import read_header
 from ..inference.pipeline import LoadedImage
 
-# What both PIL and OpenCV read. PIL also opens MPO as JPEG: many cameras store a second image in it.
-_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF')
-FORMATS = 'PNG, JPEG, WebP, BMP, TIFF or GIF'
-IDLE = 30  # seconds that an upload may pause
 _MOST_SCANS = 50  # of a progressive JPEG; encoders write up to about 20
 _AGAIN = 'Please save it again as PNG or JPEG.'
 _TOO_SLOW = f'Decoding the file takes too long. {_AGAIN}'
+# What both PIL and OpenCV read. PIL also opens MPO as JPEG: many cameras store a second image in it.
+_FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF')
+FORMATS = 'PNG, JPEG, WebP, BMP, TIFF or GIF'
 
 
 class Limits(NamedTuple):
@@ -33,76 +29,6 @@ class Limits(NamedTuple):
 
 class RefusedImage(ValueError):
     """A file that is not accepted; the message is for the person who uploaded it."""
-
-
-class Store:
-    """The folder with visitors' files. What is in it at the start stays; the rest may take so much space.
-
-    Args:
-        folder: the folder.
-        megabytes: the largest upload; 100 times as much is kept.
-    """
-
-    def __init__(self, folder: Path, megabytes: float):
-        self.folder, self._most = folder, 100 * megabytes * 2**20
-        self._kept = set(folder.rglob('*'))
-
-    def make_room(self, since: float | None = None) -> None:
-        """Delete the oldest files, if there are too many, and what interrupted uploads left.
-
-        Args:
-            since: no upload that goes on now has paused since then, in seconds of :func:`time.time`.
-        """
-        since = time.time() - 2 * IDLE if since is None else since
-        files = []
-        for path in set(self.folder.rglob('*')) - self._kept:
-            with suppress(OSError):  # another thread deletes files too
-                status = path.stat()
-                if not S_ISREG(status.st_mode):
-                    continue
-                if path.parent == self.folder and status.st_mtime < since:
-                    path.unlink()  # complete uploads are in folders of their own
-                else:
-                    files.append((status.st_mtime, status.st_size, path))
-        size = sum(each for _, each, _ in files)
-        for _, each, path in sorted(files):
-            if size <= self._most:
-                return
-            with suppress(OSError):
-                path.unlink()
-                size -= each
-
-
-def try_decoding(path: Path, megapixels: float, seconds: float = 10) -> None:
-    """Refuse an upload that keeps a decoder busy for long, as small files can.
-
-    The time that a PNG or JPEG takes follows from its size, and from its number of scans. Others are decoded once in
-    another process, which is ended when its time is over.
-
-    Args:
-        path: the file.
-        megapixels: the largest size that is decoded, in millions of pixels.
-        seconds: how long decoding may take.
-
-    Raises:
-        RefusedImage: the file is broken, or decoding takes too long. What else is wrong, :func:`read_upload` says.
-    """
-    try:
-        header = read_header(path.read_bytes())
-    except ValueError as error:
-        raise RefusedImage(f'The file cannot be read: {error}. {_AGAIN}') from error
-    if header.scans > _MOST_SCANS:
-        raise RefusedImage(_TOO_SLOW)
-    if header.format in ('png', 'jpeg'):
-        return
-    command = [sys.executable, str(Path(__file__).with_name('decode.py')), str(path), str(megapixels)]
-    try:
-        null = subprocess.DEVNULL
-        done = subprocess.run(command, timeout=seconds, stdin=null, stdout=null, stderr=null, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise RefusedImage(_TOO_SLOW) from error
-    if done.returncode < 0:  # a signal ended it
-        raise RefusedImage(f'The file is broken: decoding it fails. {_AGAIN}')
 
 
 def read_upload(path: str | Path, megapixels: float, read: Callable[[Path], LoadedImage]) -> LoadedImage:
@@ -153,3 +79,35 @@ def _size(path: Path) -> tuple[int, int]:
         except Exception as error:  # PIL's parsers raise nearly anything on broken files
             raise RefusedImage('The file is broken: its header cannot be read.') from error
     raise RefusedImage(f'The file holds {number} images (an animation, or pages). Please save one of them by itself.')
+
+
+def try_decoding(path: Path, megapixels: float, seconds: float = 10) -> None:
+    """Refuse an upload that keeps a decoder busy for long, as small files can.
+
+    The time that a PNG or JPEG takes follows from its size, and from its number of scans. Others are decoded once in
+    another process, which is ended when its time is over.
+
+    Args:
+        path: the file.
+        megapixels: the largest size that is decoded, in millions of pixels.
+        seconds: how long decoding may take.
+
+    Raises:
+        RefusedImage: the file is broken, or decoding takes too long. What else is wrong, :func:`read_upload` says.
+    """
+    try:
+        header = read_header(path.read_bytes())
+    except ValueError as error:
+        raise RefusedImage(f'The file cannot be read: {error}. {_AGAIN}') from error
+    if header.scans > _MOST_SCANS:
+        raise RefusedImage(_TOO_SLOW)
+    if header.format in ('png', 'jpeg'):
+        return
+    command = [sys.executable, str(Path(__file__).with_name('decode.py')), str(path), str(megapixels)]
+    try:
+        null = subprocess.DEVNULL
+        done = subprocess.run(command, timeout=seconds, stdin=null, stdout=null, stderr=null, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise RefusedImage(_TOO_SLOW) from error
+    if done.returncode < 0:  # a signal ended it
+        raise RefusedImage(f'The file is broken: decoding it fails. {_AGAIN}')

@@ -107,7 +107,7 @@ def _of_wrong_type(content: dict) -> str | None:
         return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0
 
     def are_files(info: dict) -> bool:
-        best = [value for key, value in info.items() if key.startswith('best_ckpt')]
+        best = [value for key, value in info.items() if str(key).startswith('best_ckpt')]
         kept = info.get('keep_ckpt_ids', [])
         return all(isinstance(path, (str, type(None))) for path in best) and (
             isinstance(kept, (list, tuple)) and all(map(is_count, kept))

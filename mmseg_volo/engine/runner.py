@@ -19,7 +19,7 @@ from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_ma
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmseg.registry import DATA_SAMPLERS, LOOPS, RUNNERS
 from torch import nn
@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from ..checkpoints.compatibility import Mode, check_checkpoint
 from ..checkpoints.reading import load_checkpoint
 from ..checkpoints.writing import save
-from ..config_check import building, check_config, settle
+from ..config_check import NamedBuildErrors, building, check_config, settle
 from ..datasets.checks.check import build_checked, check_not_empty, quick_check
 from ..errors import USER_ERRORS, CheckpointError, ConfigError, ProcessLost, TrainingStopped
 from ..utils.unwrap import bare_model
@@ -44,7 +44,7 @@ from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole
 
 
 @RUNNERS.register_module()
-class VOLORunner(Runner):
+class VOLORunner(NamedBuildErrors, Runner):
     """mmengine's Runner, which also supports distributed runs without a GPU, and safe resuming.
 
     Without a GPU, where mmengine would require CUDA, the process group uses gloo and the model is wrapped without
@@ -124,27 +124,6 @@ class VOLORunner(Runner):
                 dataloader['worker_init_fn'] = dict(type=_init_worker, seed=seed, rank=get_rank())
                 dataloader.pop('disable_subprocess_warning', None)  # an option of mmengine's worker_init_fn only
         return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
-
-    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        """As in mmengine; what a constructor rejects is a ConfigError. So in the next methods."""
-        with building(self.cfg, 'train_cfg'):
-            return super().build_train_loop(loop)
-
-    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        with building(self.cfg, 'val_cfg'):
-            return super().build_val_loop(loop)
-
-    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        with building(self.cfg, 'test_cfg'):
-            return super().build_test_loop(loop)
-
-    def build_optim_wrapper(self, optim_wrapper):
-        with building(self.cfg, 'optim_wrapper'):
-            return super().build_optim_wrapper(optim_wrapper)
-
-    def build_param_scheduler(self, scheduler):
-        with building(self.cfg, 'param_scheduler'):
-            return super().build_param_scheduler(scheduler)
 
     def save_checkpoint(
         self,

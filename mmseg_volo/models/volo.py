@@ -309,7 +309,7 @@ class VOLO(BaseModule):
     def __prepare_scriptable__(self) -> nn.Module:
         """What ``torch.jit.script`` compiles: a graph of plain layers with the same parameters, for any image size."""
         graph = _ScriptTracer().trace(self)
-        next(reversed(graph.nodes)).type = None  # TorchScript knows no tuples of any length
+        next(iter(reversed(graph.nodes))).type = None  # TorchScript knows no tuples of any length
         return torch.fx.GraphModule(self, graph)
 
     def _run(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:

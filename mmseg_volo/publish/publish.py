@@ -7,8 +7,8 @@ import os
 import re
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,11 +106,15 @@ def publish(
     trained = read_config(config, meta.get('cfg') or info.get('cfg'), checkpoint)
     given, averaged = dataset_meta_of(content), 'ema_state_dict' in content
     del content  # the optimizer state may be large
-    shared = shareable(trained)
-    model = _build(shared, config or f'the config in {checkpoint}')
+    origin = config or f'the config in {checkpoint}'
+    with _of_known_form(origin):
+        shared = shareable(trained)
+    model = _build(shared, origin)
     weights = _weights(state, model, checkpoint, config)
-    classes, palette = _classes(given, shared, model, checkpoint)
-    _name_classes(shared, classes, palette)
+    with _of_known_form(origin):
+        classes, palette = _classes(given, shared, model, checkpoint)
+        _name_classes(shared, classes, palette)
+        known = facts_of(shared, trained, meta)
     text = as_text(shared)
     places = {str(Path.home()), os.getcwd(), str(checkpoint.resolve().parent), str(work_dir.resolve())}
     check_nothing_private(shared, [place for place in places if len(place) > 1])
@@ -127,7 +131,7 @@ def publish(
             _check_weights(folder, files, weights)
             dtypes = {str(v.dtype).removeprefix('torch.') for v in weights.values() if v.is_floating_point()}
             facts = dict(
-                facts_of(shared, trained, meta),
+                known,
                 name=name,
                 weights=files[0],
                 safetensors=files[1],
@@ -147,6 +151,15 @@ def publish(
         cause = error.__cause__ or error
         raise ConfigError(f'{out}: could not be written ({getattr(cause, "strerror", None) or cause})') from error
     return Published(out / files[0], out / files[1], unchanged, len(results), notes)
+
+
+@contextmanager
+def _of_known_form(source: str) -> Iterator[None]:
+    """Raise ConfigError where a config has a value of another type than a config of mmengine."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ConfigError(f'{source}: is no config of mmengine ({type(error).__name__}: {error})') from error
 
 
 def _build(config: dict, source: str) -> nn.Module:

@@ -88,7 +88,7 @@ def find_results(
                 rank = record['kind'] == 'test', _seconds(record)
                 if key not in found or rank >= found[key][0]:
                     found[key] = rank, one
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, CheckpointError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
             reason = f'no record that can be read ({error})'
         if reason:
             skipped.append(f'{path}: {reason}')

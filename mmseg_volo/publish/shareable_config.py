@@ -48,12 +48,7 @@ def read_config(path: str | None, embedded: object, source: Path) -> dict:
         ConfigError: the config cannot be read or holds more than data, or the checkpoint has none.
     """
     if path is not None:
-        try:
-            return _plain(load_config(path).to_dict())
-        except (OSError, ConfigError):
-            raise
-        except Exception as error:  # a config is a program and may raise anything
-            raise ConfigError(f'{path}: no config that can be read ({type(error).__name__}: {error})') from error
+        return _plain(load_config(path).to_dict())
     remedy = 'give the one that it was trained with as --config FILE'
     if not isinstance(embedded, str):
         raise ConfigError(f'{source}: holds no config; {remedy}')

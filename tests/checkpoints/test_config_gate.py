@@ -2,6 +2,7 @@
 
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 import mmseg
@@ -11,13 +12,16 @@ from evil import Canary, planted
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS, VISUALIZERS
 from mmseg.apis import MMSegInferencer
+from safetensors.torch import save_file
 from small_models import segmentor_config
 from small_runs import small_config
 
 from mmseg_volo.checkpoints.config_gate import checked_config, config_text
 from mmseg_volo.checkpoints.config_text import literals
 from mmseg_volo.checkpoints.reading import load_from_local
-from mmseg_volo.errors import ConfigError
+from mmseg_volo.engine.runner import build_runner
+from mmseg_volo.errors import USER_ERRORS, ConfigError
+from mmseg_volo.publish.publish import publish
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / 'configs').glob('*.py'))
@@ -266,3 +270,40 @@ def test_the_inferencer_runs_no_code(canary, base):
     assert MMSegInferencer(None, 'good.pth', device='cpu', show_progress=False).cfg.model.type == base['model']['type']
     read = load_from_local('good.pth')
     assert read['meta']['cfg'] == read['message_hub']['runtime_info']['cfg'] == text
+
+
+@pytest.mark.slow
+def test_every_entry_runs_no_code(canary, tmp_path):
+    """A run's own checkpoint with texts that run code, at each place and through each entry that reads them."""
+    once = dict(train_cfg__max_iters=1, train_cfg__val_interval=9, default_hooks__checkpoint__interval=1)
+    build_runner(small_config(tmp_path, **once)).train()
+    content = load_from_local(str(tmp_path / 'run/iter_1.pth'))
+    del content['meta']['sealed_by']
+    plain, draw = checked_config(content['meta']['cfg']), random.Random(0)
+    texts = [f'{config_text(plain)}\n{line}\n' for line in canary.statements()]
+    texts += [as_repr(planted(plain, canary, draw)) for _ in range(60)]
+    (tmp_path / 'odd').mkdir()
+    for i, text in enumerate(texts):
+        content['meta'].update(cfg=text, config=text)
+        content['message_hub']['runtime_info']['cfg'] = text
+        path, tensors = tmp_path / 'odd/iter_1.pth', tmp_path / 'odd/x.safetensors'
+        torch.save(content, path)
+        save_file(content['state_dict'], tensors, dict(config=text, classes='["a"]', palette='null'))
+        resumed = small_config(tmp_path, f'resumed{i}', resume=True, load_from=str(path), **once)
+        inferencer = partial(MMSegInferencer, None, device='cpu', show_progress=False)
+        for entry in (
+            partial(inferencer, str(path)),
+            partial(inferencer, str(tensors)),
+            partial(publish, path, tmp_path / f'out{i}'),
+            partial(publish, tensors, tmp_path / f'out{i}t'),
+            partial(Config.fromfile, tmp_path / f'out{i}/config.py'),
+            build_runner(resumed).train,
+        ):
+            try:
+                entry()
+            except USER_ERRORS:
+                pass
+            except Exception as error:
+                # mmseg's inferencer has errors of its own for odd configs.
+                assert entry.__class__ is partial and entry.func is MMSegInferencer, (text, error)
+            assert not canary.trace.exists(), text

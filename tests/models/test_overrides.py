@@ -16,7 +16,6 @@ from torch import nn
 from mmseg_volo import StreamingEncoderDecoder, StreamingTTAModel
 
 SLIDE = dict(mode='slide', crop_size=(48, 64), stride=(32, 48))
-MODES = [dict(SLIDE, mode='whole'), SLIDE]
 
 
 @functools.cache
@@ -134,21 +133,21 @@ def assert_same_merged(stock: nn.Module, ours: nn.Module) -> None:
     assert len(expected.unique()) > 1
 
 
-@pytest.mark.parametrize('test_cfg', MODES, ids=['whole', 'slide'])
-@pytest.mark.parametrize('mixin', MIXINS, ids=lambda mixin: mixin.__name__)
-def test_methods_of_subclasses_are_called(mixin, test_cfg):
-    stock, ours = pair(mixin, test_cfg)
+CASES = [(mixin, 'slide') for mixin in MIXINS] + [(Whole, 'whole'), (EncodeDecode, 'whole')]
+
+
+@pytest.mark.parametrize(('mixin', 'mode'), CASES, ids=[f'{mixin.__name__}-{mode}' for mixin, mode in CASES])
+def test_methods_of_subclasses_are_called(mixin, mode):
+    stock, ours = pair(mixin, dict(SLIDE, mode=mode))
     assert_same_results(stock, ours)
     assert_same_merged(SegTTAModel(module=stock), StreamingTTAModel(module=ours))
     assert_same_merged(SegTTAModel(module=stock), StreamingTTAModel(module=stock))
 
 
 PATCHES = {
-    'inference': lambda own: lambda *args: reversed_classes(own(*args)),
     'slide_inference': lambda own: lambda *args: reversed_classes(own(*args)),
     'encode_decode': lambda own: lambda *args: reversed_classes(own(*args)),
     'postprocess_result': lambda own: lambda *args: own(*args[:-2], reversed_classes(args[-2]), args[-1]),
-    'extract_feat': lambda own: lambda *args: [-x for x in own(*args)],
 }
 
 
@@ -187,11 +186,13 @@ def recording_head(base: str) -> type:
     return Recording
 
 
-@pytest.mark.parametrize('images', [1, 2])
-@pytest.mark.parametrize('shape', [(64, 96), (59, 90)], ids=['unpadded', 'padded'])
-@pytest.mark.parametrize('test_cfg', MODES, ids=['whole', 'slide'])
-def test_heads_get_the_metadata_that_mmseg_gives(test_cfg, shape, images):
+@pytest.mark.parametrize(
+    ('mode', 'shape', 'images'),
+    [('whole', (59, 90), 1), ('whole', (59, 90), 2), ('slide', (59, 90), 2), ('slide', (64, 96), 1)],
+)
+def test_heads_get_the_metadata_that_mmseg_gives(mode, shape, images):
     recording_head('UPerHead')
+    test_cfg = dict(SLIDE, mode=mode)
     stock = build(type='EncoderDecoder', test_cfg=test_cfg)
     ours = build(test_cfg=test_cfg)
     for model in (stock, ours):

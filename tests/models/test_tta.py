@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from mmengine.model import MMDistributedDataParallel
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.structures import PixelData
 from mmseg.models import SegTTAModel
 from mmseg.registry import MODELS
@@ -133,3 +133,21 @@ def test_merge_preds_of_given_predictions():
     own, data = StreamingTTAModel(module=build(data_preprocessor=pre)), tuple(two_views().values())
     expected = SegTTAModel(module=build(type='EncoderDecoder', data_preprocessor=pre)).test_step(copy.deepcopy(data))
     assert torch.equal(own.test_step(data)[0].pred_sem_seg.data.flatten(), expected[0].pred_sem_seg.data.flatten())
+
+
+def test_modules_that_are_no_segmentor():
+    """As in mmengine's own tests: any model with ``test_step``, data as a dict and as a tuple."""
+
+    class Toy(BaseModel):
+        def forward(self, inputs, data_samples, mode='tensor'):
+            return data_samples
+
+    class Summed(StreamingTTAModel):
+        def merge_preds(self, data_samples_list):
+            return [sum(samples) for samples in data_samples_list]
+
+    merged = Summed(module=Toy())
+    inputs, samples = [[1, 1], [2, 2]], [[3, 3], [4, 4]]
+    assert merged.network is None
+    assert merged.test_step(dict(inputs=inputs, data_samples=samples)) == [7, 7]
+    assert merged.test_step((inputs, samples)) == [7, 7]

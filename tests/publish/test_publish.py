@@ -376,7 +376,7 @@ def test_bad_input(checkpoint, tmp_path):
     other = str(ROOT / 'configs/volo_d1_camvid_laptop.py')
     fails(CheckpointError, r'not the weights of the model of .*laptop.py \(.*missing', checkpoint, out, config=other)
     (tmp_path / 'broken.py').write_text('model = dict(')
-    fails(ConfigError, 'no config that can be read', checkpoint, out, config=str(tmp_path / 'broken.py'))
+    fails(ConfigError, r'broken\.py: cannot be read', checkpoint, out, config=str(tmp_path / 'broken.py'))
     (tmp_path / 'empty.py').write_text('a = 1')
     fails(ConfigError, 'has no model', checkpoint, out, config=str(tmp_path / 'empty.py'))
     for name in ('', 'a/b', 'v1.2', '../x'):

@@ -262,7 +262,7 @@ def _same(cfg: Mapping, other: Mapping | None) -> bool:
 
 
 def _shared(report: SplitReport, other: SplitReport) -> list[Finding]:
-    remedy = f'remove it from {report.split} or from {other.split}'
+    remedy = f'take it out of {report.split} or of {other.split}'
     return [
         Finding(report.split, 'duplicate', path, f'the same image is in {other.split}: {other.digests[digest]}', remedy)
         for digest, path in report.digests.items()

@@ -13,6 +13,7 @@ _JPEG_SIZES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers
 _JPEG_BARE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 _MOST_PARTS = 10_000  # chunks or segments besides the pixels; more of them only keep a decoder busy
 _TOO_MANY = f'it has more than {_MOST_PARTS} parts besides the pixels'
+_NO_SIZE = 'it is damaged (its header gives no size)'
 _CUT_OFF = 'it is cut off'
 
 
@@ -74,6 +75,8 @@ def _png(data: bytes) -> Header:
         elif kind == b'eXIf':
             orientation = _orientation(data[at + 8 : end - 4])
         elif kind == b'IEND':
+            if shape is None or 0 in shape:
+                raise ValueError(_NO_SIZE)
             return Header('png', shape, orientation, bits)
         at = end
     raise ValueError(_CUT_OFF)
@@ -106,7 +109,7 @@ def _jpeg(data: bytes) -> Header:
                 break
             at = end
     if shape is None or 0 in shape:
-        raise ValueError('it is damaged (its header gives no size)')
+        raise ValueError(_NO_SIZE)
     # In scan data, 0xFF is always followed by 0 or a restart marker, so only the end marker matches.
     end = data.find(b'\xff\xd9', at)
     if end < 0:

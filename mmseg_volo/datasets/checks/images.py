@@ -90,7 +90,7 @@ def _decode(data: bytes, flag: str | int, backend: str) -> np.ndarray:
         image = mmcv.imfrombytes(data, flag=flag, backend=backend)
     except Exception as error:  # decoders may raise anything on broken data
         raise why_unreadable(data, flag, backend, error) from error
-    if image is None:
+    if image is None or image.ndim not in (2, 3):
         raise why_unreadable(data, flag, backend)
     return image
 

@@ -12,6 +12,7 @@ from .headers import read_header
 from .images import RESTORE, UNKNOWN_TIFF, general_reason
 
 _CITYSCAPES_IDS = 33
+_DENSEST = 20_000  # pixels in a byte: deflate packs at most 1032 bytes of 8 one-bit pixels into one
 _PILLOW = threading.Lock()
 
 
@@ -44,6 +45,8 @@ def decode_label(data: bytes, backend: str = 'pillow', limited: bool = False) ->
             label = np.array(_open_any_size(data))
         else:
             label = mmcv.imfrombytes(data, flag='unchanged', backend=backend)
+    except LabelError:
+        raise
     except Image.DecompressionBombError as error:
         problem = 'the label has more pixels than Pillow accepts, so LoadAnnotations cannot read it'
         raise LabelError('unreadable label', problem, 'use LoadCheckedAnnotations in its place') from error
@@ -53,7 +56,7 @@ def decode_label(data: bytes, backend: str = 'pillow', limited: bool = False) ->
         raise LabelError(
             'lossy label', 'the label is a JPEG, which changes class ids', 'create it again as PNG from the source'
         )
-    if label is None:
+    if label is None or label.ndim not in (2, 3):
         raise _unreadable(data, backend)
     if label.ndim != 2 and label.shape[2] > 1:
         raise _several_channels(label)
@@ -72,9 +75,13 @@ def _open_any_size(data: bytes) -> Image.Image:
     with _PILLOW:  # the limit is a global variable; only the header is read under the lock
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data))
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+    if image.width * image.height > max(limit or 0, _DENSEST * len(data)):
+        problem = f'the label cannot be read (it is damaged: its header gives {image.width} x {image.height} pixels)'
+        raise LabelError('unreadable label', problem, 'restore it')
+    return image
 
 
 def _unreadable(data: bytes, backend: str, error: Exception | None = None) -> LabelError:
@@ -114,7 +121,10 @@ def label_table(reduce_zero_label: bool, label_map: Mapping[int, int] | None) ->
 
 
 def likely_cause(values: Iterable[int], classes: int, reduce_zero_label: bool) -> str:
-    """Suggest why labels hold ``values`` that are not class ids below ``classes``, and what to do."""
+    """Suggest why labels hold ``values`` that are not class ids below ``classes``, and what to do.
+
+    The values are those after ``reduce_zero_label``.
+    """
     values = set(values)
     if classes == 19 and max(values) <= _CITYSCAPES_IDS:
         return (
@@ -125,6 +135,11 @@ def likely_cause(values: Iterable[int], classes: int, reduce_zero_label: bool) -
         return (
             f'set reduce_zero_label=True in the data set if 0 means unlabelled, write 255 instead if {classes} means '
             'void, or add the missing class to the config'
+        )
+    if reduce_zero_label:
+        return (
+            f'write 1 to {classes} for the classes and 0 for ignored pixels, or set reduce_zero_label=False if 0 is a '
+            'class, or correct the classes and num_classes in the config'
         )
     if classes <= 2:
         return 'this looks like a mask in grey values: write 0 for background and 1 for the object'

@@ -288,8 +288,8 @@ def _missing(split: str, kind: str, path: str, others: Mapping[str, str], remedy
     problem = missing_reason(path, kind)
     if path in others:
         problem += f', but {others[path]} is there'
-        suffix = 'img_suffix' if kind == 'image' else 'seg_map_suffix'
-        remedy = f'rename that file to {os.path.basename(path)}, or correct {suffix} in the config'
+        remedy = f'rename that file to {os.path.basename(path)}'
+        remedy += ' (or correct img_suffix, if all images end so)' if kind == 'image' else ''
     return Finding(split, f'missing {kind}', path, problem, remedy)
 
 

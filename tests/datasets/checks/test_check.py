@@ -98,6 +98,9 @@ def test_messages_say_what_to_do(data):
     assert 'looks like a mask in grey values' in str(faults(data, train=BINARY)[0])
     write_labels(data, lambda i: random_label(i, high=5))
     assert 'label value 4 (' in str(faults(data)[0]) and 'set reduce_zero_label=True' in str(faults(data)[0])
+    write_labels(data, lambda i: random_label(i, high=7))
+    found = str(faults(data, train=dict(reduce_zero_label=True))[0])
+    assert 'label value 5 (' in found and 'write 1 to 4 for the classes and 0 for ignored pixels' in found
     write_labels(data, lambda i: random_label(i, high=34))
     found = str(faults(data, train=dict(metainfo=dict(classes=tuple(map(str, range(19))))))[0])
     assert 'Cityscapes label ids' in found and '0 to 18 in the file' in found

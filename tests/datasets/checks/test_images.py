@@ -1,5 +1,6 @@
 """Images as the config's loader reads them: bits that it loses, and files that it cannot read."""
 
+import contextlib
 import io
 
 import cv2
@@ -12,6 +13,7 @@ from PIL import Image
 from mmseg_volo.datasets.checks import check
 from mmseg_volo.datasets.checks.check import check_split, quick_check
 from mmseg_volo.datasets.checks.images import ImageError, check_image, quiet_opencv, why_unreadable
+from mmseg_volo.datasets.checks.labels import LabelError, decode_label
 
 
 def encoded(array: np.ndarray, suffix: str = '.png') -> bytes:
@@ -113,3 +115,31 @@ def test_opencv_does_not_flood_the_output(data, capfd):
     quick_check(dataset_config(data))
     assert not check_split('train', dataset_config(data), workers=1).faults
     assert 'tag' not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_damaged_files_end_in_one_error():
+    image, rng = random_image(0), np.random.default_rng(0)
+    deep = image.astype(np.uint16) * 16
+    files = [encoded(a, suffix) for a in (image, deep) for suffix in ('.png', '.tif', '.ppm')]
+    files += [encoded(image, suffix) for suffix in ('.jpg', '.webp', '.bmp')] + [
+        tiff(bands(6)),
+        tiff(bands(3, np.float32)),
+    ]
+    for trial in range(2000):
+        data = bytearray(files[trial % len(files)])
+        if trial % 3 == 0:
+            del data[rng.integers(len(data)) :]
+        elif trial % 3 == 1:
+            for at in rng.integers(0, len(data), rng.integers(1, 20)):
+                data[at] = rng.integers(256)
+        else:
+            at = rng.integers(len(data))
+            data[at:at] = rng.bytes(rng.integers(1, 30))
+        for backend in ('cv2', 'pillow'):
+            with quiet_opencv():
+                for flag in ('color', 'unchanged'):
+                    with contextlib.suppress(ImageError):
+                        assert len(check_image(bytes(data), flag, backend).shape) == 2
+                with contextlib.suppress(LabelError):
+                    assert decode_label(bytes(data), backend).ndim == 2

@@ -1,6 +1,7 @@
 """What mmseg makes of the values of a label file."""
 
 import io
+import struct
 import warnings
 
 import mmcv
@@ -49,6 +50,15 @@ def test_a_label_over_pillows_limit_is_read_like_any_other(monkeypatch, mode, bi
         warnings.simplefilter('error')
         assert (decode_label(content) == expected).all()
     assert Image.MAX_IMAGE_PIXELS == 400
+
+
+def test_a_damaged_header_with_a_huge_size_takes_no_memory():
+    file = io.BytesIO()
+    Image.fromarray(random_label(0)).save(file, 'BMP')
+    content = bytearray(file.getvalue())
+    content[18:26] = struct.pack('<II', 60_000, 60_000)
+    with pytest.raises(LabelError, match='it is damaged: its header gives 60000 x 60000 pixels'):
+        decode_label(bytes(content))
 
 
 def test_the_check_knows_which_transform_has_pillows_limit(data, monkeypatch):
