@@ -7,7 +7,7 @@ import cv2
 import mmcv
 import numpy as np
 
-from ..datasets.checks.depth import DARK, bands_of, lost_bits
+from ..datasets.checks.depth import DARK, lost_bits
 from ..datasets.checks.headers import read_header
 
 
@@ -86,8 +86,12 @@ def check_complete(data: bytes) -> None:
 
 def why_unreadable(data: bytes, loader: str = 'OpenCV', most: int = 4) -> str:
     """Say why a loader that reads at most ``most`` bands did not decode a file."""
-    bands = bands_of(data)
-    return f'it is an image of {bands} bands; {loader} reads {most}' if bands > most else 'it is no image, or broken'
+    bands = read_header(data).bands or 0
+    return (
+        f'it is an image of {bands} bands; {loader} reads {most}'
+        if bands > max(most, 4)
+        else 'it is no image, or broken'
+    )
 
 
 def for_display(image: np.ndarray) -> np.ndarray:

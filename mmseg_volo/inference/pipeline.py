@@ -17,7 +17,7 @@ from mmseg.datasets.transforms import LoadImageFromNDArray
 from mmseg.registry import TRANSFORMS
 from PIL import UnidentifiedImageError
 
-from ..datasets.checks.depth import bands_of
+from ..datasets.checks.headers import read_header
 from ..datasets.loading import LoadCheckedImage
 from ..errors import ConfigError
 from .images import as_bgr, check_complete, for_display, read_image, why_unreadable
@@ -96,7 +96,9 @@ class Pipeline:
         except OSError:
             raise
         except Exception as error:  # decoders and own loaders may raise anything
-            if self._kind == 'colour' and bands_of(data) <= 4:  # OpenCV refuses floats, as_bgr takes them
+            if (
+                self._kind == 'colour' and (read_header(data).bands or 0) <= 4
+            ):  # OpenCV refuses floats, as_bgr takes them
                 return self._of_array(read_image(Path(path)), str(path))
             raise ValueError(self._why(data, error)) from error
 
