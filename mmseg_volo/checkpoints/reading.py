@@ -320,7 +320,7 @@ def load_from_pavi(url: str, map_location: MapLocation = None) -> object:
     return _fetch_to_temporary(url, fetch, map_location)
 
 
-def _fetch_to_temporary(url: str, fetch: Callable[[Path], None], map_location: MapLocation) -> dict:
+def _fetch_to_temporary(url: str, fetch: Callable[[Path], None], map_location: MapLocation) -> object:
     with TemporaryDirectory() as folder:
         path = Path(folder) / (Path(url).name or 'checkpoint')
         try:

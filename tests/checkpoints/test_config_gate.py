@@ -91,7 +91,9 @@ def test_mmsegs_own_configs_pass():
 
 @pytest.mark.slow
 def test_all_of_mmsegs_own_configs_pass():
-    assert len(ZOO) > 600 and len(zoo_passes(ZOO)) < 60
+    passed = len(ZOO) - len(zoo_passes(ZOO))
+    print(passed, len(ZOO))
+    assert passed > 600
 
 
 @pytest.fixture
