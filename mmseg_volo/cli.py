@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,21 @@ from mmengine.config import DictAction
 
 from .errors import STOPPED_NOTE, USER_ERRORS, TrainingStopped
 from .models.windows import PRECISIONS
+from .utils.opencv import quiet_opencv
+
+
+class ConfigOptions(DictAction):
+    """mmengine's action for options ``KEY=VALUE``, which reports a word of another form as a usage error."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list, *args) -> None:
+        """Parse the options; exit with status 2 if one has no ``=`` or its brackets do not match."""
+        for value in values:
+            if not re.match(r'[^=]+=', value):
+                parser.error(f'--cfg-options {value}: expected KEY=VALUE without spaces, as train_cfg.max_iters=9')
+        try:
+            super().__call__(parser, namespace, values, *args)
+        except (AssertionError, ValueError) as error:
+            parser.error(f'--cfg-options {" ".join(values)}: {error}')
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +39,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=ConfigOptions,
         metavar='KEY=VALUE',
         help='override config entries: model.backbone.with_cp=True train_dataloader.batch_size=2',
     )
@@ -67,7 +83,9 @@ def run_tool(main: Callable[[], int | None]) -> None:
     os.environ.setdefault('LOCAL_RANK', '0')
     process = f' (process {os.environ["RANK"]})' if int(os.environ.get('WORLD_SIZE', 1)) > 1 else ''
     try:
-        _leave(main() or 0)
+        with quiet_opencv():
+            status = main() or 0
+        _leave(status)
     except TrainingStopped as stopped:
         print(f'{stopped}{process}', file=sys.stderr)
         if os.environ.get(STOPPED_NOTE):

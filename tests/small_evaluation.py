@@ -77,4 +77,4 @@ def measured(config: Config, aug_test: bool = False, change: Callable[[Config], 
         use_tta(config)
     change(config)
     torch.manual_seed(0)
-    return build_runner(config).test()
+    return build_runner(config, 'test').test()

@@ -19,11 +19,10 @@ if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ct
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
-from mmengine.config import DictAction
 from mmengine.registry import init_default_scope
 from prettytable import PrettyTable
 
-from mmseg_volo.cli import run_tool
+from mmseg_volo.cli import ConfigOptions, run_tool
 from mmseg_volo.config_check import check_config
 from mmseg_volo.datasets.checks.check import Finding, SplitReport
 from mmseg_volo.datasets.checks.check import check_config as check_files
@@ -110,7 +109,7 @@ def main() -> int:
     parser.add_argument('--fix-report', metavar='FILE', type=Path, help='write all findings as .jsonl or .csv')
     parser.add_argument('--plot', metavar='FILE', type=Path, help='default: work_dirs/CONFIG/check_data_SPLITS.png')
     parser.add_argument('--workers', type=positive, help='number of processes; default: one per CPU')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='see train.py')
+    parser.add_argument('--cfg-options', nargs='+', action=ConfigOptions, metavar='KEY=VALUE', help='see train.py')
     args = parser.parse_args()
 
     config = load_config(args.config, args.cfg_options)

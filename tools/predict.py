@@ -12,7 +12,6 @@ from mmseg_volo.cli import add_inference_arguments, run_tool
 from mmseg_volo.inference.files import Recipe, predict_files
 from mmseg_volo.inference.video import VIDEO_FORMATS, VIDEO_SUFFIXES
 from mmseg_volo.utils.config import load_config
-from mmseg_volo.utils.opencv import quieten_opencv
 from mmseg_volo.utils.signals import Stopped
 
 DESCRIPTION = """\
@@ -88,7 +87,6 @@ def main() -> int:
         allow_mismatch=args.allow_mismatch,
         cuda_graph=args.cuda_graph,
     )
-    quieten_opencv()
     recipe = Recipe(load_config(args.config), args.checkpoint, args.device, args.aug_test, options)
     try:
         failed = predict_files(
@@ -104,8 +102,6 @@ def main() -> int:
         )
     except Stopped as stopped:
         return stopped.status
-    except KeyboardInterrupt:  # before the predictions began, or a second Ctrl-C
-        return 128 + signal.SIGINT
     if failed:
         kind = 'videos' if all(path.suffix.lower() in VIDEO_SUFFIXES for path in failed) else 'images'
         print(f'{len(failed)} of the {kind} failed: {", ".join(map(str, failed))}', file=sys.stderr)

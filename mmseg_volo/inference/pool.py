@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 import cv2
 import torch
 
-from ..utils.opencv import quieten_opencv
+from ..utils.opencv import quiet_opencv
 from ..utils.signals import Stopped, StopSignals
 
 _QUEUE = 3  # tasks that a worker holds: it prepares one, works on one, and writes the results of one
@@ -132,11 +132,10 @@ def _serve(connection: Connection, start: Callable[[int], Work], rank: int, thre
     """Run a worker: start, then work until the task None arrives or the parent is gone."""
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
-    quieten_opencv()
     try:
         work = start(rank)
         connection.send(('ready', None))
-        with StopSignals(signal.SIGTERM) as stop:
+        with quiet_opencv(), StopSignals(signal.SIGTERM) as stop:
             for result in work(_received(connection), stop):
                 connection.send(('result', result))
     except Stopped as stopped:

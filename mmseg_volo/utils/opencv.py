@@ -1,11 +1,19 @@
-"""Settings of OpenCV for the tools."""
+"""Settings of OpenCV."""
+
+import contextlib
+from collections.abc import Iterator
 
 import cv2
 
 
-def quieten_opencv() -> None:
-    """Stop OpenCV from logging, for example a line on stderr for each unknown tag of a GeoTIFF.
+@contextlib.contextmanager
+def quiet_opencv() -> Iterator[None]:
+    """Keep OpenCV from logging, for example a line on stderr for each tag of a GeoTIFF that it does not know.
 
-    The tools report files that cannot be read with a reason of their own. Importing the package changes nothing.
+    Files that cannot be read are reported with a reason of their own. Importing the package changes nothing.
     """
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        yield
+    finally:
+        cv2.utils.logging.setLogLevel(level)

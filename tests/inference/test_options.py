@@ -73,7 +73,7 @@ def test_all_entries_prepare_images_alike(config, tmp_path):
         one.tta_model = dict(type='SegTTAModel')
         assert (predictors[0](image) == Predictor(one, one.load_from, 'cpu', True)(image)).all()
         found += [figures[0], *(predictor(image).tolist() for predictor in predictors)]
-        runner = build_runner(one)
+        runner = build_runner(one, 'test')
         assert runner.model.data_preprocessor.mean.flatten().tolist() == OWN['mean']
         assert predictors[0].model.data_preprocessor.mean.flatten().tolist() == OWN['mean']
     assert found[:3] == found[3:] and found[1] == found[2]

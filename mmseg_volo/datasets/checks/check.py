@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...errors import DataError
-from .images import init_checker, quiet_opencv
+from ...utils.opencv import quiet_opencv
+from .images import init_checker
 from .labels import label_table
 from .listing import Finding, Source, find_sources, missing_files, present_files
 from .pair import PairResult, check_pair, faults_of_all, shifted_labels

@@ -192,16 +192,6 @@ def _occurring(array: np.ndarray) -> np.ndarray:
     return np.flatnonzero(sum(cv2.calcHist([array], [c], None, [size], [0, size]).ravel() for c in channels))
 
 
-@contextlib.contextmanager
-def quiet_opencv() -> Iterator[None]:
-    """Keep OpenCV from printing, such as a line for each tag of a GeoTIFF that it does not know."""
-    level = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    try:
-        yield
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-
-
 def init_checker() -> None:
     """Initialise a worker process. libjpeg reports damage on stderr only, so a file replaces stderr."""
     global _messages

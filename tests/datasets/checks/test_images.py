@@ -12,8 +12,9 @@ from PIL import Image
 
 from mmseg_volo.datasets.checks import check
 from mmseg_volo.datasets.checks.check import check_split, quick_check
-from mmseg_volo.datasets.checks.images import ImageError, check_image, quiet_opencv, why_unreadable
+from mmseg_volo.datasets.checks.images import ImageError, check_image, why_unreadable
 from mmseg_volo.datasets.checks.labels import LabelError, decode_label
+from mmseg_volo.utils.opencv import quiet_opencv
 
 
 def encoded(array: np.ndarray, suffix: str = '.png') -> bytes:
