@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from commands import CONG, ROOT, iou_table, miou, run, tool
+from commands import CONFIG, ROOT, iou_table, miou, run, tool
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmseg.apis import MMSegInferencer, inference_model, init_model, show_result_pyplot
@@ -27,7 +27,7 @@ def trained(tmp_path_factory):
     """Return (config, work dir, checkpoint, output) of one short training run."""
     work = tmp_path_factory.mktemp('tools')
     config = work / 'tiny.py'
-    config.write_text(CONG.replace('DATA', str(work / 'scenes')))
+    config.write_text(CONFIG.replace('DATA', str(work / 'scenes')))
     output = tool('train.py', config, '--work-dir', work / 'run')
     return config, work, work / 'run/iter_4.pth', output
 
