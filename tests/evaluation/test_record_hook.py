@@ -238,7 +238,7 @@ def test_wrapped_data_and_metrics_with_a_prefix(tmp_path):
     config.test_dataloader.dataset = dict(type='RepeatDataset', times=2, dataset=config.test_dataloader.dataset)
     dump = dict(type='DumpResults', out_file_path=str(tmp_path / 'all.pkl'))
     config.test_evaluator = [dump, dict(type='IoUMetric', prefix='a')]
-    runner = build_runner(config)
+    runner = build_runner(config, 'test')
     metrics = runner.test()
     record = record_of(runner)
     assert {key: record['metrics'][f'a/{key}'] for key in ('aAcc', 'mIoU', 'mAcc')} == pytest.approx(

@@ -19,6 +19,7 @@ import torch
 from drawn_videos import draw_video, frame, frames_of
 from small_runs import ROOT, write_config
 
+from mmseg_volo.cli import run_tool
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
 from mmseg_volo.inference import files as files_module
@@ -130,7 +131,8 @@ def test_the_decoder_does_not_write_between_the_lines_of_the_bar(model, tmp_path
     assert 'TIFF_Warning' in capfd.readouterr().err
     try:
         given = *model, tmp_path / 'bands.tif', '--device', 'cpu', '--out', tmp_path / 'out'
-        assert main(*given, monkeypatch=monkeypatch) == 0
+        with pytest.raises(SystemExit, match='^0$'):
+            run_tool(lambda: main(*given, monkeypatch=monkeypatch))
     finally:
         cv2.utils.logging.setLogLevel(level)
     assert 'WARN' not in capfd.readouterr().err
