@@ -131,7 +131,7 @@ def test_the_decoder_does_not_write_between_the_lines_of_the_bar(model, tmp_path
     assert 'TIFF_Warning' in capfd.readouterr().err
     try:
         given = *model, tmp_path / 'bands.tif', '--device', 'cpu', '--out', tmp_path / 'out'
-        with pytest.raises(SystemExit, match='^0$'):
+        with pytest.raises(SystemExit, match=r'^0$'):
             run_tool(lambda: main(*given, monkeypatch=monkeypatch))
     finally:
         cv2.utils.logging.setLogLevel(level)
