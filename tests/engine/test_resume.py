@@ -150,6 +150,7 @@ def test_augmentation_depends_on_the_position_in_the_stream():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_own_config(tmp_path, monkeypatch):
     """The text in a checkpoint that names the user's own package is left out, because reading it could run code."""
     (tmp_path / 'own_package.py').write_text(

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,7 @@ from mmseg.evaluation import CityscapesMetric, IoUMetric
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
+from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 from small_evaluation import drawn_dataset, evaluation_config, measured
 
@@ -221,7 +223,8 @@ HOOKS = {
 
 
 @pytest.mark.parametrize('form', HOOKS)
-def test_overlays(data, tmp_path, form):
+def test_overlays(data, tmp_path, form, monkeypatch):
+    monkeypatch.setattr(SegLocalVisualizer, '_instance_dict', OrderedDict())  # earlier tests have used the same name
     config = evaluation_config(tmp_path, 'run', data)
     for key, value in HOOKS[form].items():
         config[key] = value if key != 'visualizer' or value is None else {**config.visualizer, **value}

@@ -162,6 +162,7 @@ def test_two_processes_without_a_gpu(trained):
     assert 'usage:' in run('bash', 'tools/dist_train.sh', config, fails=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason='tests machines without a GPU')
 def test_slurm_without_a_gpu(trained, tmp_path):
     """A fake srun starts two processes with Slurm's variables; the launcher reads nothing else."""
