@@ -1,6 +1,7 @@
 """Faults in sizes: crops against the size that batches are padded to, and sliding windows."""
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby, takewhile
 from typing import Any
 
 from mmseg.models import EncoderDecoder, SegDataPreProcessor
@@ -55,9 +56,7 @@ def check_crop(model: Sequence[Part], transforms: Sequence[Part]) -> Iterator[st
                 f'{backbone.key}.img_size: {side}, but batches have {pre.key}.size = {tuple(size)}, and '
                 f'{backbone.kind.__name__} takes only the size that it is built for; make them equal'
             )
-    largest = _largest(transforms)
-    if largest is not None:
-        key, crop = largest
+    for key, crop in sorted(filter(None, _possible(transforms, {None}))):
         if crop[0] > size[0] or crop[1] > size[1]:
             yield (
                 f'{key}: images of {crop[0]} x {crop[1]} pixels (height x width) are larger than '
@@ -65,22 +64,40 @@ def check_crop(model: Sequence[Part], transforms: Sequence[Part]) -> Iterator[st
             )
 
 
-def _largest(transforms: Sequence[Part]) -> tuple[str, tuple[int, int]] | None:
-    """The key that bounds the size of training images, and this size (height, width), if it is known."""
-    found = None
-    for step in transforms:
+# The key that bounds the size of images, and this size (height, width); None if the size is not known.
+_Bound = tuple[str, tuple[int, int]] | None
+
+
+def _possible(transforms: Sequence[Part], found: set[_Bound]) -> set[_Bound]:
+    """The bounds that images may have after a pipeline, by the choices that its transforms make."""
+    index = 0
+    while index < len(transforms):
+        step, index = transforms[index], index + 1
+        below = f'{step.key}.transforms.'
+        nested = list(takewhile(lambda one: one.key.startswith(below), transforms[index:]))  # noqa: B023
+        index += len(nested)
         name = getattr(step.kind, '__name__', None)
-        if name in ('RandomCrop', 'CenterCrop'):
-            crop = step.cfg.get('crop_size')
-            crop = (crop, crop) if isinstance(crop, int) else crop
-            found = (f'{step.key}.crop_size', tuple(crop)) if _is_pair(crop) else None
-        elif name == 'Resize' and step.get('keep_ratio') is False and _is_pair(step.cfg.get('scale')):
-            found = (f'{step.key}.scale', tuple(step.cfg['scale'])[::-1])
-        elif name == 'RandomRotate' and step.get('auto_bound') is False:
-            continue
-        elif name not in _SAME_SIZE:
-            found = None
+        if name == 'RandomChoice':
+            branches = groupby(nested, lambda one: one.key[len(below) :].split('.')[0])  # noqa: B023
+            found = set().union(*(_possible(list(branch), found) for _, branch in branches))
+        elif name == 'RandomApply':
+            found = found | _possible(nested, found)
+        elif nested:
+            found = _possible(nested, {None})
+        else:
+            found = {_after(step, name, before) for before in found}
     return found
+
+
+def _after(step: Part, name: str | None, before: _Bound) -> _Bound:
+    if name in ('RandomCrop', 'CenterCrop'):
+        crop = step.cfg.get('crop_size')
+        crop = (crop, crop) if isinstance(crop, int) else crop
+        return (f'{step.key}.crop_size', tuple(crop)) if _is_pair(crop) else None
+    if name == 'Resize' and step.get('keep_ratio') is False and _is_pair(step.cfg.get('scale')):
+        return f'{step.key}.scale', tuple(step.cfg['scale'])[::-1]
+    same = name in _SAME_SIZE or (name == 'RandomRotate' and step.get('auto_bound') is False)
+    return before if same else None
 
 
 def _is_pair(value: Any) -> bool:

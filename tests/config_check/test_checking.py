@@ -49,6 +49,13 @@ def log(monkeypatch) -> list[str]:
     return lines
 
 
+CROPS = dict(
+    _delete_=True,
+    type='RandomChoice',
+    transforms=[[dict(type='RandomCrop', crop_size=(512, 480))], dict(type='RandomCrop', crop_size=(352, 480))],
+)
+
+
 def both(**data) -> dict:
     """Overrides of the data sets of training and validation."""
     return {f'{split}_dataloader__dataset__{key}': value for split in ('train', 'val') for key, value in data.items()}
@@ -191,6 +198,10 @@ FAULTS = {
         dict(train_dataloader__dataset__pipeline__3__crop_size=512),
         r'crop_size: images of 512 x 512',
     ),
+    'one of two crops': (
+        dict(train_dataloader__dataset__pipeline__3=CROPS),
+        r'pipeline\.3\.transforms\.0\.0\.crop_size: images of 512 x 480',
+    ),
     'turned size': (dict(model__data_preprocessor__size=(480, 352)), r'images of 352 x 480 .*\.size = \(480, 352\)'),
     'size of a number': (
         dict(model__data_preprocessor__size=512),
@@ -295,6 +306,7 @@ BINARY = {
 }
 VALID = {
     'as it is': {},
+    'crops that fit': dict(train_dataloader__dataset__pipeline__3={**CROPS, 'transforms': [CROPS['transforms'][1]]}),
     'binary with sigmoid': BINARY,
     'binary with one weight': {**BINARY, 'model__decode_head__loss_decode__class_weight': [3.0]},
     'binary with softmax': {**BINARY, **heads(num_classes=2, out_channels=None, threshold=None, loss_decode=CE)},
