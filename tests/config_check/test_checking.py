@@ -49,11 +49,11 @@ def log(monkeypatch) -> list[str]:
     return lines
 
 
-CROPS = dict(
-    _delete_=True,
-    type='RandomChoice',
-    transforms=[[dict(type='RandomCrop', crop_size=(512, 480))], dict(type='RandomCrop', crop_size=(352, 480))],
-)
+def one_of(*crops):
+    """Training images are cropped to one of these sizes."""
+    choice = dict(type='RandomChoice', transforms=[[dict(type='RandomCrop', crop_size=crop)] for crop in crops])
+    steps = 'LoadImageFromFile', 'LoadAnnotations', choice, 'PackSegInputs'
+    return dict(train_dataloader__dataset__pipeline=[dict(type=s) if isinstance(s, str) else s for s in steps])
 
 
 def both(**data) -> dict:
@@ -199,8 +199,8 @@ FAULTS = {
         r'crop_size: images of 512 x 512',
     ),
     'one of two crops': (
-        dict(train_dataloader__dataset__pipeline__3=CROPS),
-        r'pipeline\.3\.transforms\.0\.0\.crop_size: images of 512 x 480',
+        one_of((512, 480), (352, 480)),
+        r'pipeline\.2\.transforms\.0\.0\.crop_size: images of 512 x 480',
     ),
     'turned size': (dict(model__data_preprocessor__size=(480, 352)), r'images of 352 x 480 .*\.size = \(480, 352\)'),
     'size of a number': (
@@ -306,7 +306,7 @@ BINARY = {
 }
 VALID = {
     'as it is': {},
-    'crops that fit': dict(train_dataloader__dataset__pipeline__3={**CROPS, 'transforms': [CROPS['transforms'][1]]}),
+    'crops that fit': one_of((352, 480), (320, 320)),
     'binary with sigmoid': BINARY,
     'binary with one weight': {**BINARY, 'model__decode_head__loss_decode__class_weight': [3.0]},
     'binary with softmax': {**BINARY, **heads(num_classes=2, out_channels=None, threshold=None, loss_decode=CE)},
