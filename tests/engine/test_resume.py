@@ -64,9 +64,20 @@ def cut_and_resume(folder, name, *cuts, workers=0):
     for cut in cuts:
         config = small_config(folder, name, resume=cut is not cuts[0], train_dataloader__num_workers=workers)
         config.custom_hooks.append(dict(type='CutHook', **cut))
+        runner = build_runner(config)
         with pytest.raises(Cut):
-            build_runner(config).train()
-    build_runner(small_config(folder, name, resume=True, train_dataloader__num_workers=workers)).train()
+            runner.train()
+        end_workers(runner)
+    runner = build_runner(small_config(folder, name, resume=True, train_dataloader__num_workers=workers))
+    runner.train()
+    end_workers(runner)
+
+
+def end_workers(runner):
+    """The garbage collector would wait five seconds for each worker."""
+    end = getattr(runner.train_loop.dataloader_iterator._iterator, '_shutdown_workers', None)
+    if end:
+        end()
 
 
 @pytest.mark.parametrize(
