@@ -163,7 +163,7 @@ def save_overlays(config: Config, folder: str) -> None:
         config.default_hooks = {**defaults, 'visualization': hook}
     else:
         drawing.update(draw=True, interval=1)
-    visualizer = config.get('visualizer') or dict(type='SegLocalVisualizer', name='visualizer')
+    visualizer = config.get('visualizer') or dict(type='SegLocalVisualizer')
     backends = list(visualizer.get('vis_backends') or [])
     if not any(str(one.get('type')).rpartition('.')[2] == 'LocalVisBackend' for one in backends):
         backends.append(dict(type='LocalVisBackend'))

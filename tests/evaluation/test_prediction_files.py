@@ -4,7 +4,6 @@ import copy
 import gc
 import pickle
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 
 import cv2
@@ -18,7 +17,6 @@ from mmseg.evaluation import CityscapesMetric, IoUMetric
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
-from mmseg.visualization import SegLocalVisualizer
 from PIL import Image
 from small_evaluation import drawn_dataset, evaluation_config, measured
 
@@ -223,8 +221,7 @@ HOOKS = {
 
 
 @pytest.mark.parametrize('form', HOOKS)
-def test_overlays(data, tmp_path, form, monkeypatch):
-    monkeypatch.setattr(SegLocalVisualizer, '_instance_dict', OrderedDict())  # earlier tests have used the same name
+def test_overlays(data, tmp_path, form):
     config = evaluation_config(tmp_path, 'run', data)
     for key, value in HOOKS[form].items():
         config[key] = value if key != 'visualizer' or value is None else {**config.visualizer, **value}
