@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -77,4 +78,6 @@ def measured(config: Config, aug_test: bool = False, change: Callable[[Config], 
         use_tta(config)
     change(config)
     torch.manual_seed(0)
-    return build_runner(config, 'test').test()
+    # A runner formats its config four times, which takes longer than the test.
+    with patch.object(Config, 'pretty_text', property(lambda config: '')):
+        return build_runner(config, 'test').test()

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmcv.transforms import LoadAnnotations
 from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
 
+from ..datasets.loading import loads_labels
 from .classes import class_list
 from .lookup import NOTHING, UNKNOWN, nearest
 from .parts import Part
@@ -110,8 +110,4 @@ def _without_labels(dataset: Part, transforms: Sequence[Part]) -> bool:
     plain = all(
         one.kind is not UNKNOWN and getattr(one.kind, '__module__', '').split('.')[0] in _PACKAGES for one in transforms
     )
-    return plain and not any(_loads_labels(one) for one in transforms)
-
-
-def _loads_labels(step: Part) -> bool:
-    return step.is_a(LoadAnnotations) or 'Annotation' in step.kind.__name__
+    return plain and not any(loads_labels(one.kind) for one in transforms)

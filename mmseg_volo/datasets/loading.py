@@ -1,12 +1,16 @@
 """Load images and labels, with errors that name the file."""
 
+from collections.abc import Mapping, Sequence
+
 import cv2
+from mmcv.transforms import LoadAnnotations as AnyLoadAnnotations
 from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 
 from ..errors import DataError
+from ..utils.unwrap import class_of
 from .checks.images import why_unreadable
 from .checks.labels import LabelError, decode_label, label_table
 
@@ -75,3 +79,24 @@ class LoadCheckedImage(LoadImageFromFile):
         except OSError as missing:
             return f'the image cannot be read ({missing.strerror or missing}); check the path and the disk'
         return str(why_unreadable(data, self.color_type, self.imdecode_backend, error))
+
+
+def loads_labels(kind: type | object) -> bool:
+    """Whether a transform's class loads labels; own loaders are known by ``Annotation`` in their name."""
+    return isinstance(kind, type) and (issubclass(kind, AnyLoadAnnotations) or 'Annotation' in kind.__name__)
+
+
+def without_labels(steps: Sequence) -> list:
+    """Return the config of a pipeline without the loaders of labels, also in nested lists of transforms."""
+    out = []
+    for step in steps:
+        if not isinstance(step, Mapping):
+            nested = without_labels(step) if isinstance(step, Sequence) else step
+            if nested:
+                out.append(nested)
+        elif 'transforms' in step:
+            if nested := without_labels(step['transforms']):
+                out.append({**step, 'transforms': nested})
+        elif not loads_labels(class_of(step, TRANSFORMS)):
+            out.append(dict(step))
+    return out

@@ -31,7 +31,7 @@ from ..checkpoints.writing import save
 from ..config_check import NamedBuildErrors, building, check_config, settle
 from ..datasets.checks.check import build_checked, check_not_empty, quick_check
 from ..errors import USER_ERRORS, CheckpointError, ConfigError, ProcessLost, TrainingStopped
-from ..utils.unwrap import bare_model
+from ..utils.unwrap import bare_model, class_of
 from .checkpoint_hook import AtomicCheckpointHook
 from .continuity import check_continuity
 from .distributed import init_gloo, watch_over
@@ -217,8 +217,7 @@ class VOLORunner(NamedBuildErrors, Runner):
             check_epochs_end(loader)
             return
         sampler = loader.get('sampler')
-        kind = sampler.get('type') if isinstance(sampler, dict) else None
-        kind = DATA_SAMPLERS.get(kind) if isinstance(kind, str) else kind
+        kind = class_of(sampler, DATA_SAMPLERS) if isinstance(sampler, dict) else None
         if isinstance(kind, type) and issubclass(kind, InfiniteSampler):
             self._train_dataloader = dict(loader, sampler=dict(sampler, type='DefaultSampler'))  # same arguments
             self.logger.info(
@@ -311,8 +310,7 @@ class VOLORunner(NamedBuildErrors, Runner):
 
 
 def _counts_epochs(loop: dict) -> bool:
-    kind = loop.get('type')
-    kind = LOOPS.get(kind) if isinstance(kind, str) else kind
+    kind = class_of(loop, LOOPS)
     return issubclass(kind, EpochBasedTrainLoop) if isinstance(kind, type) else bool(loop.get('by_epoch'))
 
 

@@ -1,23 +1,22 @@
 """Save the predictions of a test as PNG files: class ids, or overlays."""
 
-import inspect
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from mmengine.config import Config
 from mmengine.evaluator import DumpResults
 from mmengine.hooks import Hook
-from mmengine.registry import Registry
 from mmengine.runner import Runner
-from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
-from mmseg.registry import HOOKS, METRICS, TRANSFORMS
+from mmseg.registry import HOOKS, METRICS
 
+from ..config_check.lookup import accepted
+from ..datasets.loading import without_labels
 from ..errors import ConfigError, DataError
-from ..utils.unwrap import bare_datasets
+from ..utils.unwrap import bare_datasets, class_of
 from .metric import ConfusionIoUMetric, write_ids
 
 
@@ -96,12 +95,12 @@ def save_predictions(config: Config, out_dir: str | None = None) -> None:
         ConfigError: an IoUMetric has ``format_only``, and there is no folder.
     """
     metrics = _metrics(config)
-    kinds = [_class_of(metric, METRICS) for metric in metrics]
+    kinds = [class_of(metric, METRICS) for metric in metrics]
     plain = IoUMetric.process, ConfusionIoUMetric.process
     counting = [m for m, kind in zip(metrics, kinds, strict=True) if getattr(kind, 'process', None) in plain]
     if out_dir is not None and not counting:
         for metric, kind in zip(metrics, kinds, strict=True):
-            if 'output_dir' in (takes := _arguments(kind)):
+            if 'output_dir' in (takes := accepted(kind)[0]):
                 metric.update(output_dir=out_dir, **dict(keep_results=True) if 'keep_results' in takes else {})
                 return
     folders = [metric.pop('output_dir', None) for metric in counting]
@@ -128,22 +127,10 @@ def leave_out_labels(config: Config) -> None:
 
     Call it before :func:`save_predictions` and after ``use_tta``.
     """
-    metrics = [m for m in _metrics(config) if _class_of(m, METRICS) is not DumpResults]
+    metrics = [m for m in _metrics(config) if class_of(m, METRICS) is not DumpResults]
     if metrics and all(metric.get('format_only') for metric in metrics):
         for dataset in bare_datasets((config.get('test_dataloader') or {}).get('dataset')):
-            dataset['pipeline'] = _without_labels(dataset.get('pipeline') or [])
-
-
-def _without_labels(pipeline: Sequence) -> list:
-    """A pipeline without the transforms that load labels, also within ``TestTimeAug``."""
-    out = []
-    for step in pipeline:
-        if isinstance(step, (list, tuple)):
-            out += [kept] if (kept := _without_labels(step)) else []
-        elif not _is_a(step, LoadAnnotations, TRANSFORMS):
-            nested = dict(transforms=_without_labels(step['transforms'])) if 'transforms' in step else {}
-            out.append({**step, **nested})
-    return out
+            dataset['pipeline'] = without_labels(dataset.get('pipeline') or [])
 
 
 def save_overlays(config: Config, folder: str) -> None:
@@ -157,7 +144,7 @@ def save_overlays(config: Config, folder: str) -> None:
     """
     defaults = config.get('default_hooks') or {}
     hooks = [hook for hook in [*defaults.values(), *(config.get('custom_hooks') or [])] if isinstance(hook, Mapping)]
-    drawing = next((hook for hook in hooks if 'draw' in _arguments(_class_of(hook, HOOKS))), None)
+    drawing = next((hook for hook in hooks if 'draw' in accepted(class_of(hook, HOOKS))[0]), None)
     if drawing is None:
         hook = dict(type='SegVisualizationHook', draw=True, interval=1)
         config.default_hooks = {**defaults, 'visualization': hook}
@@ -176,19 +163,3 @@ def _metrics(config: Config) -> list[Mapping]:
     if isinstance(found, Mapping):
         found = found.get('metrics', found)
     return [found] if isinstance(found, Mapping) else list(found)
-
-
-def _class_of(config: Mapping, registry: Registry) -> type | None:
-    kind = config.get('type')
-    return registry.get(kind) if isinstance(kind, str) else kind
-
-
-def _is_a(config: Mapping, wanted: type, registry: Registry) -> bool:
-    kind = _class_of(config, registry)
-    return isinstance(kind, type) and issubclass(kind, wanted)
-
-
-def _arguments(kind: type | None) -> set[str]:
-    """The names of a class's arguments, with those that ``**kwargs`` passes on to its bases."""
-    inits = [vars(base)['__init__'] for base in getattr(kind, '__mro__', ()) if '__init__' in vars(base)]
-    return {name for init in inits if inspect.isfunction(init) for name in inspect.signature(init).parameters}

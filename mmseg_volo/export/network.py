@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..models.heads import LeanUPerHead
 from ..models.volo import VOLO, OutlookAttention
+from ..utils.unwrap import class_of
 
 OUTPUTS = 'logits', 'classes'
 
@@ -84,7 +85,7 @@ def exportable(config: Config) -> Config:
     """
     config = copy.deepcopy(config)
     model = config.model
-    kind = MODELS.get(model.type) if isinstance(model.type, str) else model.type
+    kind = class_of(model, MODELS)
     if kind is None or not issubclass(kind, EncoderDecoder) or 'Cascade' in kind.__name__:
         raise ConfigError(
             f'model.type {model.type} cannot be exported: expected an EncoderDecoder with one decode head'

@@ -19,7 +19,7 @@ from ..checkpoints.reading import load_checkpoint
 from ..config_check import building, check_model
 from ..models.onnx import OnnxNetwork, is_onnx, with_onnx
 from ..utils.devices import check_device
-from ..utils.unwrap import bare_dataset
+from ..utils.unwrap import bare_dataset, class_of
 
 
 def init_model(
@@ -101,8 +101,7 @@ def exported_config(config: Config, path: str, device: str, allow_mismatch: bool
 def dataset_meta(config: Config) -> dict:
     """Return ``classes`` and ``palette`` (RGB) of a config's test data set, as far as they are known."""
     dataset = bare_dataset((config.get('test_dataloader') or {}).get('dataset'))
-    kind = dataset.get('type')
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    kind = class_of(dataset, DATASETS)
     default = dict(getattr(kind, 'METAINFO', {}))
     given = dataset.get('metainfo') or {}
     given = {key: value for key, value in given.items() if not isinstance(value, str)}  # a string is a file name

@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 from ..errors import ConfigError
 from ..models.onnx import SETTLED
 from ..models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
-from ..utils.unwrap import bare_datasets
+from ..utils.unwrap import bare_datasets, class_of
 
 
 def set_inference_options(
@@ -75,13 +75,8 @@ def set_inference_options(
 
 def _is_a(config: dict | None, wanted: type) -> bool:
     """Whether a model's config builds a ``wanted`` or a subclass of it."""
-    kind = _class_of(config)
+    kind = class_of(config, MODELS)
     return isinstance(kind, type) and issubclass(kind, wanted)
-
-
-def _class_of(config: dict | None) -> type | None:
-    kind = (config or {}).get('type')
-    return MODELS.get(kind) if isinstance(kind, str) else kind
 
 
 def check_tta(config: Config) -> None:
@@ -102,7 +97,7 @@ def check_tta(config: Config) -> None:
     head = config.model.get('decode_head') or {}
     head = head[-1] if isinstance(head, (list, tuple)) else head
     threshold = 0.3 if head.get('threshold') is None else head.threshold  # the default is mmseg's
-    merges = getattr(_class_of(config.tta_model), 'merge_preds', None)
+    merges = getattr(class_of(config.tta_model, MODELS), 'merge_preds', None)
     streams = _is_a(config.tta_model, StreamingTTAModel)
     if head.get('out_channels') == 1 and threshold <= 0.5 and merges is SegTTAModel.merge_preds and not streams:
         raise ConfigError(

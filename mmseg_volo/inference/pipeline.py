@@ -11,14 +11,12 @@ import cv2
 import mmcv
 import numpy as np
 from mmcv.transforms import Compose, LoadImageFromFile
-from mmcv.transforms import LoadAnnotations as AnyLoadAnnotations
 from mmengine.dataset import pseudo_collate
 from mmseg.datasets.transforms import LoadImageFromNDArray
-from mmseg.registry import TRANSFORMS
 from PIL import UnidentifiedImageError
 
 from ..datasets.checks.headers import read_header
-from ..datasets.loading import LoadCheckedImage
+from ..datasets.loading import LoadCheckedImage, without_labels
 from ..errors import ConfigError
 from .images import as_bgr, check_complete, for_display, read_image, why_unreadable
 
@@ -57,7 +55,7 @@ class Pipeline:
 
     def __init__(self, steps: Sequence, takes_bgr: bool):
         try:
-            self._transforms = Compose(_without_labels(steps)).transforms
+            self._transforms = Compose(without_labels(steps)).transforms
         except (RuntimeError, ImportError) as error:
             raise ConfigError(f'the test pipeline of the config cannot be built: {error}') from error
         names = [type(transform).__name__ for transform in self._transforms]
@@ -203,24 +201,3 @@ def _apply(transform: object, results: dict) -> dict:
         if error.args != ('seg_map_path',):
             raise
         return results  # a loader of labels that is not derived from mmcv's
-
-
-def _without_labels(steps: Sequence) -> list:
-    """Leave out the loaders of labels, also in nested lists of transforms."""
-    out = []
-    for step in steps:
-        if not isinstance(step, dict):
-            nested = _without_labels(step) if isinstance(step, Sequence) else step
-            if nested:
-                out.append(nested)
-        elif 'transforms' in step:
-            if nested := _without_labels(step['transforms']):
-                out.append({**step, 'transforms': nested})
-        elif not _loads_labels(step['type']):
-            out.append(dict(step))
-    return out
-
-
-def _loads_labels(kind: str | type) -> bool:
-    kind = TRANSFORMS.get(kind) if isinstance(kind, str) else kind
-    return isinstance(kind, type) and (issubclass(kind, AnyLoadAnnotations) or 'Annotation' in kind.__name__)

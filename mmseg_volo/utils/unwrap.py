@@ -1,7 +1,8 @@
-"""Look below the wrappers of models and of data sets."""
+"""Look below the wrappers of models and of data sets, and at the class that a config names."""
 
 from collections.abc import Mapping
 
+from mmengine.registry import Registry
 from torch import nn
 
 
@@ -25,3 +26,9 @@ def bare_datasets(config: Mapping | None) -> list[Mapping]:
 def bare_dataset(config: Mapping | None) -> Mapping:
     """The first of :func:`bare_datasets`."""
     return bare_datasets(config)[0]
+
+
+def class_of(config: Mapping | None, registry: Registry) -> type | None:
+    """The class that the ``type`` of a config names or is; None if there is none."""
+    kind = (config or {}).get('type')
+    return registry.get(kind) if isinstance(kind, str) else kind

@@ -7,7 +7,6 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
 from mmseg.models import SegTTAModel
 from mmseg.registry import DATASETS, MODELS
 from small_evaluation import OWN, drawn_dataset, evaluation_config, measured
@@ -20,12 +19,6 @@ from mmseg_volo.inference import Predictor
 from mmseg_volo.inference.manifest import identity
 from mmseg_volo.inference.model import init_model
 from mmseg_volo.inference.options import datasets_to_test, use_tta
-
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch):
-    """A runner formats its config four times, which takes longer than the test."""
-    monkeypatch.setattr(Config, 'pretty_text', property(lambda config: ''))
 
 
 @pytest.fixture(scope='module')

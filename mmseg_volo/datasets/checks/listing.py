@@ -11,6 +11,8 @@ from pathlib import Path
 from mmseg.registry import DATASETS
 from torch.utils.data import Dataset
 
+from ...utils.unwrap import class_of
+
 _IMAGES = (
     '.jpg',
     '.jpeg',
@@ -112,8 +114,7 @@ def find_sources(
 
 def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source:
     """List a data set's files, or raise LeftOut. If a folder or list is missing, that is the only finding."""
-    kind = cfg.get('type')
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    kind = class_of(cfg, DATASETS)
     if not isinstance(kind, type):
         raise LeftOut('it is not registered')
     if getattr(kind, 'draws_itself', False) and not draw:
