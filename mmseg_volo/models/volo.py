@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.pretrained import load_backbone
-from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear, is_traced
+from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear
 from ..ops.sizes import attend, padded, resize_pos_embed, without_padding
 
 # `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
@@ -36,7 +36,6 @@ ARCHS = {
 OUTLOOK = dict(kernel_size=3, stride=2, padding=1)
 PATCH = 8  # pixels per token in the Outlooker stage
 STRIDE = 16  # pixels per token in the transformer stages
-_CACHED_GRIDS = 16  # resized position embeddings cached in eval mode; ten test views need at most ten
 
 # A graph of `torch.fx` calls these functions and does not look inside, so that it takes images of any size.
 for _name in ('attend', 'padded', 'resize_pos_embed', 'without_padding'):
@@ -244,8 +243,6 @@ class VOLO(BaseModule):
                 self.add_module(self._norm_name(i), nn.LayerNorm(dims[i]))
         # Compiled :func:`call_block` and :func:`call_stem`, by module type; empty: modules are called directly.
         self.calls: dict[type, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {}
-        self._grids: dict[tuple[int, int], torch.Tensor] = {}
-        self._resized_from: torch.Tensor | None = None  # the values of `pos_embed` that `_grids` were resized from
         self._freeze()
 
     def _norm_name(self, index: int) -> str:
@@ -319,21 +316,7 @@ class VOLO(BaseModule):
         return call(part, x) if call else part(x)
 
     def _pos_embed_for(self, grid: tuple[int, int]) -> torch.Tensor:
-        """``pos_embed`` resized to a token grid; on a CPU in eval mode without gradients the last sizes are cached."""
-        pos_embed = self.pos_embed
-        # On a GPU resizing takes microseconds, and comparing the values would wait for the device.
-        uncached = is_traced(grid[0]) or self.training or torch.is_grad_enabled() or not pos_embed.is_cpu
-        if uncached or tuple(pos_embed.shape[1:3]) == grid:
-            return resize_pos_embed(pos_embed, grid)
-        # Compare the values: writing to `pos_embed.data`, as mmengine's EMAHook does, leaves no other trace.
-        known = self._resized_from
-        if known is None or known.dtype != pos_embed.dtype or not torch.equal(known, pos_embed):
-            self._grids, self._resized_from = {}, pos_embed.detach().clone()
-        if grid not in self._grids:
-            if len(self._grids) >= _CACHED_GRIDS:
-                self._grids.clear()
-            self._grids[grid] = resize_pos_embed(pos_embed, grid)
-        return self._grids[grid]
+        return resize_pos_embed(self.pos_embed, grid)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter, for layer-wise learning-rate decay.
@@ -387,7 +370,6 @@ class VOLO(BaseModule):
     def train(self, mode: bool = True) -> 'VOLO':
         """Set training mode; parts named by ``frozen_stages`` and ``norm_eval`` stay in eval mode."""
         super().train(mode)
-        self._grids.clear()
         if mode:
             self._freeze()
             if self.norm_eval:
