@@ -28,16 +28,20 @@ def resize_pos_embed(pos_embed: torch.Tensor, grid: tuple[int, int]) -> torch.Te
         return pos_embed
     # In float32: not every device has a half-precision kernel, and half precision would lose pretrained digits.
     values = pos_embed.float()
-    if torch.jit.is_scripting() or is_traced(grid[0]) or values.is_meta:
-        size = [grid[0], grid[1]]
-        resized = F.interpolate(values.permute(0, 3, 1, 2), size, mode='bicubic', align_corners=False)
-        return resized.permute(0, 2, 3, 1).to(pos_embed.dtype)
+    if torch.jit.is_scripting():
+        resized = _interpolate(values, grid)
     else:
-        return _resize_by_products(values, grid).to(pos_embed.dtype)
+        resized = (_interpolate if is_traced(grid[0]) or values.is_meta else _multiply)(values, grid)
+    return resized.to(pos_embed.dtype)
 
 
-def _resize_by_products(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Resize a map (1, h, w, C) bicubically by two matrix products.
+def _interpolate(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    size = [grid[0], grid[1]]
+    return F.interpolate(values.permute(0, 3, 1, 2), size, mode='bicubic', align_corners=False).permute(0, 2, 3, 1)
+
+
+def _multiply(values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """:func:`_interpolate` by two matrix products.
 
     PyTorch's CUDA kernel has one thread for each output position, which loops over the channels: it took 1.9 ms for
     VOLO-D1 at 512 x 512 on an H200, as long as the network. On a CPU the products take a fifth of its time.
