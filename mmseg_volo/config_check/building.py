@@ -1,12 +1,13 @@
 """Turn errors of constructors that are built from a config into one line with the key."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.runner import BaseLoop
+from torch import nn
 
 from ..errors import USER_ERRORS, ConfigError
 
@@ -36,27 +37,55 @@ def building(config: Mapping, key: str) -> Iterator[None]:
 
 
 class NamedBuildErrors:
-    """Mixin for mmengine's Runner, first in the bases: what it builds later is built inside :func:`building` too."""
+    """Mixin for mmengine's Runner, first in the bases: what a run builds is built inside :func:`building` too.
+
+    A build method that is called by itself raises what mmengine's raises.
+    """
+
+    _runs = False
+
+    def train(self) -> nn.Module:
+        with self._run():
+            return super().train()
+
+    def val(self) -> dict:
+        with self._run():
+            return super().val()
+
+    def test(self) -> dict:
+        with self._run():
+            return super().test()
 
     def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        with building(self.cfg, 'train_cfg'):
+        with self._named('train_cfg'):
             return super().build_train_loop(loop)
 
     def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        with building(self.cfg, 'val_cfg'):
+        with self._named('val_cfg'):
             return super().build_val_loop(loop)
 
     def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
-        with building(self.cfg, 'test_cfg'):
+        with self._named('test_cfg'):
             return super().build_test_loop(loop)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> Any:
-        with building(self.cfg, 'optim_wrapper'):
+        with self._named('optim_wrapper'):
             return super().build_optim_wrapper(optim_wrapper)
 
     def build_param_scheduler(self, scheduler: Any) -> Any:
-        with building(self.cfg, 'param_scheduler'):
+        with self._named('param_scheduler'):
             return super().build_param_scheduler(scheduler)
+
+    @contextmanager
+    def _run(self) -> Iterator[None]:
+        self._runs = True
+        try:
+            yield
+        finally:
+            self._runs = False
+
+    def _named(self, key: str) -> AbstractContextManager:
+        return building(self.cfg, key) if self._runs else nullcontext()
 
 
 def source_of(config: Mapping) -> str:

@@ -3,6 +3,7 @@
 import importlib
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 import random
@@ -67,17 +68,10 @@ def cut_and_resume(folder, name, *cuts, workers=0):
         runner = build_runner(config)
         with pytest.raises(Cut):
             runner.train()
-        end_workers(runner)
+        assert multiprocessing.active_children() == []
     runner = build_runner(small_config(folder, name, resume=True, train_dataloader__num_workers=workers))
     runner.train()
-    end_workers(runner)
-
-
-def end_workers(runner):
-    """The garbage collector would wait five seconds for each worker."""
-    end = getattr(runner.train_loop.dataloader_iterator._iterator, '_shutdown_workers', None)
-    if end:
-        end()
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize(
