@@ -126,11 +126,11 @@ def test_halved(device, needs_cuda, models, predict, say):
         predict('ours', 1)
         growth = torch.cuda.max_memory_reserved(device) - base
         limit = (fresh() + 0.6 * growth) / total
-        torch.cuda.set_per_process_memory_fraction(min(limit, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(min(limit, 1.0))
         found = predict('ours', 1)
         fitted = dict(model.network._fits)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
         model.network = before
     share = equal(found, wanted)
     say(f'12 windows took {growth / 1e6:.0f} MB; fitted {fitted}, {share:.3%} equal')

@@ -1,5 +1,6 @@
 """LeanUPerHead against mmseg's UPerHead."""
 
+import copy
 from collections import Counter, OrderedDict
 
 import pytest
@@ -200,16 +201,17 @@ def test_on_a_gpu_output_and_gradients_equal_mmseg(gpu, dtype, monkeypatch):
     stock, lean = (head.eval().to(gpu) for head in heads())
     maps = volo_maps(3, 10, 14, device=gpu)
     results = []
-    for head, precise in ((stock.double(), True), (lean, False), (lean, False)):
+    for head, precise in ((copy.deepcopy(stock).double(), True), (stock, False), (lean, False), (lean, False)):
         inputs = [(x.double() if precise else x).clone().requires_grad_() for x in maps]
         with torch.autocast('cuda', torch.bfloat16, enabled=dtype == torch.bfloat16 and not precise):
             out = head(inputs)
         head.zero_grad()
         (out.double() * torch.linspace(-1, 1, out.numel(), device=gpu).view_as(out)).sum().backward()
         results.append([out.detach(), *(x.grad for x in inputs)])
-    for expected, got, again in zip(*results, strict=True):
-        error = (got.double() - expected).norm() / expected.norm()
-        assert error < (1e-5 if dtype == torch.float32 else 0.03)
+    for expected, of_stock, got, again in zip(*results, strict=True):
+        errors = [((found.double() - expected).norm() / expected.norm()).item() for found in (of_stock, got)]
+        # In bfloat16 mmseg's own gradients are up to 8 % off.
+        assert errors[1] < (1e-5 if dtype == torch.float32 else 1.5 * errors[0] + 1e-3), errors
         torch.testing.assert_close(got, again, rtol=1e-4, atol=1e-4)
 
 
