@@ -29,6 +29,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(320, 240), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=16),
     dict(type='LoadCheckedAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -38,6 +39,7 @@ tta_pipeline = [
         type='TestTimeAug',
         transforms=[
             [dict(type='Resize', scale_factor=r, keep_ratio=True) for r in (0.5, 0.6, 0.7, 0.8, 0.9)],
+            [dict(type='ResizeToMultiple', size_divisor=16)],
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadCheckedAnnotations')],
             [dict(type='PackSegInputs')],

@@ -32,6 +32,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(256, 128), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=16),
     dict(type='LoadCheckedAnnotations'),
     dict(type='PackSegInputs'),
 ]
@@ -41,6 +42,7 @@ tta_pipeline = [
         type='TestTimeAug',
         transforms=[
             [dict(type='Resize', scale=(int(256 * r), int(128 * r)), keep_ratio=True) for r in (1.0, 1.25, 1.5)],
+            [dict(type='ResizeToMultiple', size_divisor=16)],
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadCheckedAnnotations')],
             [dict(type='PackSegInputs')],

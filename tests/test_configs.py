@@ -56,8 +56,10 @@ def test_the_papers_recipe(leaf):
     assert config.optim_wrapper.optimizer == dict(
         type='AdamW', lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01, fused=True
     )
-    scales, flips = config.tta_pipeline[1].transforms[:2]
+    scales, multiples, flips = config.tta_pipeline[1].transforms[:3]
     assert [s.scale_factor for s in scales] == [0.75, 1.0, 1.25, 1.5, 1.75] and [f.prob for f in flips] == [0.0, 1.0]
+    to_multiple = dict(type='ResizeToMultiple', size_divisor=16)
+    assert multiples == [to_multiple] == [t for t in config.test_dataloader.dataset.pipeline if t == to_multiple]
     assert config.custom_imports.imports == ['mmseg_volo']
 
 

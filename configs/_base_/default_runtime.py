@@ -35,6 +35,7 @@ tta_pipeline = [
         type='TestTimeAug',
         transforms=[
             [dict(type='Resize', scale_factor=r, keep_ratio=True) for r in (0.75, 1.0, 1.25, 1.5, 1.75)],
+            [dict(type='ResizeToMultiple', size_divisor=16)],
             [dict(type='RandomFlip', prob=p, direction='horizontal') for p in (0.0, 1.0)],
             [dict(type='LoadCheckedAnnotations')],
             [dict(type='PackSegInputs')],

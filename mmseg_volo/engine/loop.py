@@ -18,10 +18,13 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.logging import print_log
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop
+from mmseg.models import EncoderDecoder
 from mmseg.registry import DATA_SAMPLERS, LOOPS
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import ConfigError
+from ..models.segmentors import StreamingEncoderDecoder
 
 _IMAGES, _STEPS = 0, 1  # first part of the seed key: augmentation of an image, or a training step
 
@@ -99,7 +102,7 @@ class SeededDataset(Dataset):
 class ResumableTrainLoop(IterBasedTrainLoop):
     """mmengine's IterBasedTrainLoop, which resumes exactly if the data loader has a :class:`ResumableSampler`."""
 
-    def run(self) -> torch.nn.Module:
+    def run(self) -> nn.Module:
         """Train from the resumed iteration, or from the first one."""
         sampler, runner = self.dataloader.sampler, self.runner
         if isinstance(sampler, ResumableSampler) and self.dataloader.batch_size is not None:
@@ -137,6 +140,33 @@ def check_epochs_end(loader: DataLoader) -> None:
                 f'train_cfg counts epochs, but {type(sampler).__name__} never ends one: set train_dataloader.sampler='
                 "dict(type='DefaultSampler', shuffle=True), or train by iterations (max_iters)"
             )
+
+
+def check_one_size(loader: DataLoader, model: nn.Module, key: str) -> None:
+    """Raise ConfigError if mmseg's own segmentor would get a batch of images of several sizes, which it cannot stack.
+
+    Up to 16 images are read, evenly spaced. :class:`StreamingEncoderDecoder` predicts images of any sizes.
+
+    Args:
+        loader: of a validation or a test.
+        model: the segmentor, without a wrapper.
+        key: of the loader in the config.
+    """
+    size, dataset = loader.batch_size, loader.dataset
+    if (size or 1) == 1 or not isinstance(model, EncoderDecoder) or isinstance(model, StreamingEncoderDecoder):
+        return
+    shapes = {}
+    for i in np.linspace(0, len(dataset) - 1, min(len(dataset), 16)).astype(int):
+        sample = dataset[int(i)]
+        inputs = sample.get('inputs') if isinstance(sample, dict) else None
+        if isinstance(inputs, torch.Tensor):
+            shapes.setdefault(tuple(inputs.shape[1:]), i)
+    if len(shapes) > 1:
+        of = ' and '.join(f'{height} x {width}' for height, width in list(shapes)[:2])
+        raise ConfigError(
+            f'{key}.batch_size: {size}, but {type(model).__name__} takes only batches of images of one size, and the '
+            f"pipeline returns images of {of}; set {key}.batch_size=1 or model.type='StreamingEncoderDecoder'"
+        )
 
 
 def is_validation_due(loop: BaseLoop) -> bool:

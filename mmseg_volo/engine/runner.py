@@ -19,7 +19,7 @@ from mmengine.dist import broadcast_object_list, get_rank, is_distributed, is_ma
 from mmengine.fileio import LocalBackend, get_file_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper, revert_sync_batchnorm
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from mmengine.runner.checkpoint import _load_checkpoint_to_model
 from mmseg.registry import DATA_SAMPLERS, LOOPS, RUNNERS
 from torch import nn
@@ -37,7 +37,7 @@ from .continuity import check_continuity
 from .distributed import init_gloo, watch_over
 from .guards import classes_of
 from .lock import FolderLock, is_locked
-from .loop import SeededDataset, check_epochs_end, seed_everything
+from .loop import SeededDataset, check_epochs_end, check_one_size, seed_everything
 from .resume import check_resumable, newest_checkpoint
 from .saving import collect
 from .sharding import VOLOFullyShardedDataParallel, shard_optimizer_state, whole_parameters
@@ -111,6 +111,19 @@ class VOLORunner(NamedBuildErrors, Runner):
         """As in mmengine; the checkpoint's weights are enough, even if the config says ``resume``."""
         self._resume = self._resume and self._load_from is None
         return super().test()
+
+    def build_val_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As in mmengine, after a check that the model can predict the batches."""
+        return self._checked_loop(super().build_val_loop(loop), 'val_dataloader')
+
+    def build_test_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        """As in mmengine, after a check that the model can predict the batches."""
+        return self._checked_loop(super().build_test_loop(loop), 'test_dataloader')
+
+    def _checked_loop(self, loop: BaseLoop, key: str) -> BaseLoop:
+        if isinstance(loader := getattr(loop, 'dataloader', None), DataLoader):
+            check_one_size(loader, bare_model(self.model), key)
+        return loop
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False):

@@ -123,7 +123,7 @@ class _BandedCrossEntropy(torch.autograd.Function):
                 if wanted:
                     grad[:, :, source] += torch.autograd.grad(value, part)[0]
                 total += value.detach()
-                correct += ((band.detach().argmax(1) == band_labels) & (band_labels != ignore_index)).sum()
+                correct += ((band.detach().max(1).indices == band_labels) & (band_labels != ignore_index)).sum()
         ctx.mark_non_differentiable(correct)
         if wanted:
             ctx.save_for_backward(grad)

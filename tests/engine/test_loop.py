@@ -5,12 +5,16 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from small_models import build
+from small_runs import small_config
 from torch.utils.data import BatchSampler, DataLoader
 from toy_runs import EPOCHS, Points, toy_run
 
-from mmseg_volo.engine.loop import ResumableSampler
+from mmseg_volo.engine.loop import ResumableSampler, check_one_size
+from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.errors import ConfigError
 
 
@@ -69,3 +73,24 @@ def test_iterations_with_a_sampler_that_ends(tmp_path, monkeypatch):
     runner = toy_run(tmp_path, train_dataloader=loader, train_cfg=dict(type='ResumableTrainLoop', max_iters=3))
     runner.train()
     assert runner.iter == 3 and type(runner.train_dataloader.sampler) is DefaultSampler
+
+
+def test_batches_of_several_sizes_are_refused_only_where_they_would_fail(tmp_path):
+    images = [dict(inputs=torch.zeros(3, 32, side)) for side in (48, 48, 64)]
+    stock, ours = build(type='EncoderDecoder'), build()
+    for model, size, data in ((ours, 2, images), (stock, 1, images), (stock, 2, images[:2]), (Points(), 2, Points())):
+        check_one_size(DataLoader(data, batch_size=size), model, 'val_dataloader')
+    with pytest.raises(ConfigError, match=r'^val_dataloader.batch_size: 2, .* 32 x 48 and 32 x 64; .*Streaming'):
+        check_one_size(DataLoader(images, batch_size=2), stock, 'val_dataloader')
+    assert stock.training is False
+    config = small_config(tmp_path, model__type='EncoderDecoder', val_dataloader__batch_size=2)
+    config.val_dataloader.dataset.pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='RandomResize', scale=(64, 32), ratio_range=(1.0, 2.0)),
+        dict(type='LoadAnnotations'),
+        dict(type='PackSegInputs'),
+    ]
+    runner = build_runner(config, 'train')
+    with pytest.raises(ConfigError, match=r'val_dataloader\.batch_size: 2'):
+        runner.train()
+    assert runner.iter == 0

@@ -15,6 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=16),
     # Labels are loaded after Resize, so they keep their size; predictions are resized to it.
     dict(type='LoadCheckedAnnotations'),
     dict(type='PackSegInputs'),

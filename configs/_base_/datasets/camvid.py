@@ -15,6 +15,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(480, 360), keep_ratio=True),
+    dict(type='ResizeToMultiple', size_divisor=16),
     dict(type='LoadCheckedAnnotations'),
     dict(type='PackSegInputs'),
 ]

@@ -8,7 +8,8 @@ data_preprocessor = dict(
     bgr_to_rgb=True,
     pad_val=0,
     seg_pad_val=255,
-    # VOLO works on multiples of 16. mmseg removes padding that is added here, so logits and pixels stay aligned.
+    # VOLO works on multiples of 16. The test pipelines resize to them. Images of other pipelines are padded with zeros,
+    # which mmseg removes from the logits, but which cost accuracy at the border (docs/benchmarks.md).
     test_cfg=dict(size_divisor=16),
 )
 model = dict(
