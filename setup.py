@@ -15,7 +15,7 @@ EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
 DEMO = ['gradio>=6.31,<7']
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
-TEST = ['pytest>=8', 'pytest-xdist', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
+TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
 
 setup(
     name='mmseg_volo',
