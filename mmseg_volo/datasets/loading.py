@@ -1,8 +1,12 @@
 """Load images and labels, with errors that name the file."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 
 import cv2
+import mmcv
+import numpy as np
+from mmcv.image.io import imread_flags, supported_backends
 from mmcv.transforms import LoadAnnotations as AnyLoadAnnotations
 from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
@@ -11,7 +15,7 @@ from mmseg.registry import TRANSFORMS
 
 from ..errors import DataError
 from ..utils.unwrap import class_of
-from .checks.images import why_unreadable
+from .checks.images import general_reason, why_unreadable
 from .checks.labels import LabelError, decode_label, label_table
 
 
@@ -79,6 +83,46 @@ class LoadCheckedImage(LoadImageFromFile):
         except OSError as missing:
             return f'the image cannot be read ({missing.strerror or missing}); check the path and the disk'
         return str(why_unreadable(data, self.color_type, self.imdecode_backend, error))
+
+
+def check_loaders(part: object) -> None:
+    """Check that the arguments of mmcv's loaders let them read images; mmcv looks at them only with a file.
+
+    Args:
+        part: a data set, with wrappers such as ``ConcatDataset``; or transforms.
+
+    Raises:
+        ValueError: a loader of images can read no file at all.
+    """
+    for loader in _loaders(part):
+        given = dict(color_type=loader.color_type, imdecode_backend=loader.imdecode_backend)
+        try:
+            if loader.backend_args:
+                fileio.get_file_backend('image.png', backend_args=loader.backend_args)
+        except Exception as error:  # a storage client may raise anything
+            raise ValueError(f'{type(loader).__name__}: backend_args={loader.backend_args}: {error}') from error
+        kind, options = ('.tif', [cv2.IMWRITE_TIFF_COMPRESSION, 1]) if 'tifffile' in given.values() else ('.jpg', [])
+        sample = cv2.imencode(kind, np.zeros((8, 8, 3), np.uint8), options)[1].tobytes()
+        try:
+            mmcv.imfrombytes(sample, flag=loader.color_type, backend=loader.imdecode_backend)
+        except Exception as error:  # a decoder may raise anything
+            package = general_reason(sample, loader.imdecode_backend, error)
+            why = f'{package.reason}; {package.remedy}' if package else f'{type(error).__name__}: {error}'
+            for (name, value), known in zip(given.items(), (imread_flags, supported_backends), strict=False):
+                if str(value) not in known and (near := difflib.get_close_matches(str(value), known, 1)):
+                    why = f'{name} must be one of {", ".join(known)}; did you mean {near[0]!r}?'
+            arguments = ', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)
+            raise ValueError(f'{type(loader).__name__}: no file can be read with {arguments}: {why}') from error
+
+
+def _loaders(part: object) -> Iterator[LoadImageFromFile]:
+    """The loaders of mmcv, or derived with the same reading, in a data set or in transforms."""
+    if getattr(type(part), 'transform', None) in (LoadImageFromFile.transform, LoadCheckedImage.transform):
+        yield part
+    names = 'datasets', 'dataset', 'pipeline', 'transforms', 'subroutines'
+    own = getattr(part, '__dict__', {})
+    for inner in part if isinstance(part, list | tuple) else [own[name] for name in names if name in own]:
+        yield from _loaders(inner)
 
 
 def loads_labels(kind: type | object) -> bool:

@@ -277,9 +277,12 @@ def test_resume_refuses_results_of_another_model_or_options(recipe, model, tmp_p
     same = Recipe(recipe.config, str(tmp_path / 'moved.pth'), 'cpu', False, dict(recipe.options, window_batch=1))
     assert predict_files(same, [str(images)], str(out), resume=True) == {}
     assert '1 done before, 0 to do' in capsys.readouterr().err
-    (out / 'predict.jsonl').write_text('nonsense')
-    manifest = b'nonsense'
-    refused('is no record of predictions; leave out --resume')
+    with (out / 'predict.jsonl').open('a') as file:
+        file.write('[' * 100_000 + '\n{"source": 5}\nnull\n')
+    assert predict_files(same, [str(images)], str(out), resume=True) == {}
+    for manifest in (b'nonsense', b'[' * 100_000):
+        (out / 'predict.jsonl').write_bytes(manifest)
+        refused('is no record of predictions; leave out --resume')
     predict_files(recipe, [str(images)], str(out))
     assert len((out / 'predict.jsonl').read_text().splitlines()) == 2
     json.loads((out / 'predict.jsonl').read_text().splitlines()[0])
