@@ -98,7 +98,7 @@ def test_every_config_has_the_transforms_and_the_hook():
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_arguments_of_a_loader_that_read_no_file_are_named(data, arguments, message, wrapped):
     cfg = dataset_config(data)
-    cfg['pipeline'][0] = dict(type='LoadImageFromFile', **arguments)
+    cfg['pipeline'] = [dict(type='LoadImageFromFile', **arguments), *cfg['pipeline'][1:]]
     if wrapped:
         cfg = dict(type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[cfg, cfg]))
     with pytest.raises(ValueError, match=message) as caught:
