@@ -14,9 +14,11 @@ from mmengine.dataset import pseudo_collate
 from mmseg.apis.mmseg_inferencer import MMSegInferencer
 from mmseg.apis.utils import _preprare_data
 from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 
 from mmseg_volo.datasets.checks.check import build_checked, check_not_empty
 from mmseg_volo.datasets.loading import check_loaders
+from mmseg_volo.engine.loop import SeededDataset
 from mmseg_volo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,6 +106,14 @@ def test_arguments_of_a_loader_that_read_no_file_are_named(data, arguments, mess
     with pytest.raises(ValueError, match=message) as caught:
         build_checked(cfg, check_not_empty)
     assert str(caught.value).startswith('LoadImageFromFile: ') and '\n' not in str(caught.value)
+
+
+def test_an_image_that_the_pipeline_shrinks_to_nothing_is_named(data):
+    Image.fromarray(random_image(0)).resize((2, 3000)).save(data / 'images/train/0.png')
+    cfg = dataset_config(data)
+    cfg['pipeline'] = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(128, 96), keep_ratio=True)]
+    with pytest.raises(DataError, match=r'images/train/0\.png: the pipeline cannot process .* cut the image'):
+        SeededDataset(DATASETS.build(cfg))[0]
 
 
 @pytest.mark.parametrize('flag', [*imread_flags, 1])
