@@ -18,6 +18,9 @@ from ..utils.unwrap import class_of
 from .checks.images import general_reason, why_unreadable
 from .checks.labels import LabelError, decode_label, label_table
 
+# What mmcv knows for the arguments of loaders.
+_KNOWN = dict(color_type=[*imread_flags], imdecode_backend=supported_backends)
+
 
 @TRANSFORMS.register_module()
 class LoadCheckedAnnotations(LoadAnnotations):
@@ -86,38 +89,42 @@ class LoadCheckedImage(LoadImageFromFile):
 
 
 def check_loaders(part: object) -> None:
-    """Check that the arguments of mmcv's loaders let them read images; mmcv looks at them only with a file.
+    """Check that the arguments of the loaders of images and labels let them read files, which no constructor does.
 
     Args:
         part: a data set, with wrappers such as ``ConcatDataset``; or transforms.
 
     Raises:
-        ValueError: a loader of images can read no file at all.
+        ValueError: a loader can read no file at all.
     """
     for loader in _loaders(part):
-        given = dict(color_type=loader.color_type, imdecode_backend=loader.imdecode_backend)
+        given = {name: getattr(loader, name) for name in _KNOWN if hasattr(loader, name)}
+        flag, backend = given.get('color_type', 'unchanged'), given['imdecode_backend']
         try:
             if loader.backend_args:
                 fileio.get_file_backend('image.png', backend_args=loader.backend_args)
         except Exception as error:  # a storage client may raise anything
             raise ValueError(f'{type(loader).__name__}: backend_args={loader.backend_args}: {error}') from error
-        kind, options = ('.tif', [cv2.IMWRITE_TIFF_COMPRESSION, 1]) if 'tifffile' in given.values() else ('.jpg', [])
+        kind, options = ('.tif', [cv2.IMWRITE_TIFF_COMPRESSION, 1]) if backend == 'tifffile' else ('.jpg', [])
         sample = cv2.imencode(kind, np.zeros((8, 8, 3), np.uint8), options)[1].tobytes()
         try:
-            mmcv.imfrombytes(sample, flag=loader.color_type, backend=loader.imdecode_backend)
+            mmcv.imfrombytes(sample, flag=flag, backend=backend)
         except Exception as error:  # a decoder may raise anything
-            package = general_reason(sample, loader.imdecode_backend, error)
+            package = general_reason(sample, backend, error)
             why = f'{package.reason}; {package.remedy}' if package else f'{type(error).__name__}: {error}'
-            for (name, value), known in zip(given.items(), (imread_flags, supported_backends), strict=False):
-                if str(value) not in known and (near := difflib.get_close_matches(str(value), known, 1)):
-                    why = f'{name} must be one of {", ".join(known)}; did you mean {near[0]!r}?'
+            for name, value in given.items():
+                if str(value) not in _KNOWN[name] and (near := difflib.get_close_matches(str(value), _KNOWN[name], 1)):
+                    why = f'{name} must be one of {", ".join(_KNOWN[name])}; did you mean {near[0]!r}?'
             arguments = ', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)
             raise ValueError(f'{type(loader).__name__}: no file can be read with {arguments}: {why}') from error
 
 
-def _loaders(part: object) -> Iterator[LoadImageFromFile]:
-    """The loaders of mmcv, or derived with the same reading, in a data set or in transforms."""
-    if getattr(type(part), 'transform', None) in (LoadImageFromFile.transform, LoadCheckedImage.transform):
+def _loaders(part: object) -> Iterator[LoadImageFromFile | LoadAnnotations]:
+    """The loaders in a data set or in transforms that read as those of mmcv, mmseg and this package."""
+    kind = type(part)
+    if getattr(kind, 'transform', None) in (LoadImageFromFile.transform, LoadCheckedImage.transform) or getattr(
+        kind, '_load_seg_map', None
+    ) in (LoadAnnotations._load_seg_map, LoadCheckedAnnotations._load_seg_map):
         yield part
     names = 'datasets', 'dataset', 'pipeline', 'transforms', 'subroutines'
     own = getattr(part, '__dict__', {})

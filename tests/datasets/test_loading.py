@@ -100,12 +100,13 @@ def test_every_config_has_the_transforms_and_the_hook():
 @pytest.mark.parametrize('wrapped', [False, True])
 def test_arguments_of_a_loader_that_read_no_file_are_named(data, arguments, message, wrapped):
     cfg = dataset_config(data)
-    cfg['pipeline'] = [dict(type='LoadImageFromFile', **arguments), *cfg['pipeline'][1:]]
+    kind = 'LoadImageFromFile' if 'color_type' in arguments else 'LoadCheckedAnnotations'
+    cfg['pipeline'] = [dict(type=kind, **arguments), *cfg['pipeline'][1:]]
     if wrapped:
         cfg = dict(type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[cfg, cfg]))
     with pytest.raises(ValueError, match=message) as caught:
         build_checked(cfg, check_not_empty)
-    assert str(caught.value).startswith('LoadImageFromFile: ') and '\n' not in str(caught.value)
+    assert str(caught.value).startswith(f'{kind}: ') and '\n' not in str(caught.value)
 
 
 def test_an_image_that_the_pipeline_shrinks_to_nothing_is_named(data):
