@@ -87,6 +87,7 @@ def test_pipelines_and_augmentation_for_prediction(tmp_path):
     wrong.test_dataloader.dataset.pipeline[1].type = 'Rezise'
     with pytest.raises(ConfigError, match=r'small\.py: test_dataloader\.dataset\.pipeline.*: .*Rezise'):
         Predictor(wrong, str(path), 'cpu')
+    wrong.test_dataloader.dataset.pipeline[1].type = 'Resize'
     with pytest.raises(ConfigError, match=r'small\.py: tta_model: .*NoTTA'):
         Predictor(wrong, str(path), 'cpu', aug_test=True)
 
