@@ -15,7 +15,7 @@ from .ignored import check_ignored
 from .keys import check_loader, check_paramwise, check_part, check_top_level
 from .losses import check_losses, check_outputs
 from .parts import Part, Parts, heads, leaves
-from .pipelines import check_dataset, check_form, check_order
+from .pipelines import check_dataset, check_form, check_order, check_transform
 from .runs import check_best, check_complete, check_evaluator, check_measured, check_schedule
 from .sizes import check_crop, check_preprocessor, check_windows
 
@@ -85,6 +85,14 @@ def check_model(config: Mapping, any_classes: bool = False) -> None:
         _data_faults(parts, 'test'), _model_faults(parts, datasets, training=False, predicts=True, guarded=False)
     )
     _raise(config, list(_missing(config)) or list(faults))
+
+
+def check_tta_pipeline(config: Mapping) -> None:
+    """Raise ConfigError with all faults of a config's ``tta_pipeline``, one in each line."""
+    key, dataset = 'test_dataloader.dataset', dict(type='BaseSegDataset', pipeline=config['tta_pipeline'])
+    whole = {**config, 'test_dataloader': dict(dataset=dataset)}
+    faults = _data_faults(Parts(whole, scope='mmseg'), 'test')
+    _raise(config, [fault.replace(f'{key}.pipeline', 'tta_pipeline') for fault in faults])
 
 
 def _raise(config: Mapping, faults: Sequence[str]) -> None:
@@ -175,9 +183,12 @@ def _data_faults(parts: Parts, split: str, packs: bool = True) -> Iterator[str]:
     if isinstance(loader, Mapping):
         yield from check_dataset(loader, f'{split}_dataloader.dataset')
     for dataset in datasets:
-        yield from check_form(dataset)
+        form = list(check_form(dataset))
+        yield from form
+        packs = packs and not form
         for part in parts.transforms(dataset):
             yield from check_part(part)
+            yield from check_transform(part)
     for dataset in leaves(datasets) if packs else ():
         yield from check_order(dataset, _steps(parts, dataset, datasets))
 

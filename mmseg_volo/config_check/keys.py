@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from mmengine import hooks
 from mmengine.runner import Runner
 from mmseg.engine import SegVisualizationHook
-from mmseg.registry import DATA_SAMPLERS, MODELS
+from mmseg.registry import MODELS
 from torch.utils.data import DataLoader
 
 from ..utils.config import READ_KEYS, used_variables
@@ -112,7 +112,6 @@ def check_loader(key: str, loader: Mapping) -> Iterator[str]:
         if name not in loader:
             yield f'{key}: has no {name}'
     yield from check_dataset(loader, f'{key}.dataset')
-    yield from check_values(Part(key, loader, DATA_SAMPLERS, DataLoader))
 
 
 def check_top_level(config: Mapping, task: str | None) -> Iterator[str]:

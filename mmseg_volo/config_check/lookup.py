@@ -99,10 +99,7 @@ def default_of(kind: Callable, name: str) -> Any:
 def _add(keys: dict[str, inspect.Parameter], function: Callable) -> str | None:
     """Add the arguments of a function to ``keys``; return the name of its ``**kwargs``."""
     try:
-        try:
-            parameters = inspect.signature(function, eval_str=True).parameters.values()
-        except (NameError, AttributeError, SyntaxError):  # an annotation names what is imported for type checkers only
-            parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # no signature, as of some functions in C
         return 'kwargs'
     rest = None

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from mmcv.image.io import imread_flags, supported_backends
 from mmengine.dataset import BaseDataset
 from mmseg.datasets import BaseSegDataset
 
 from .lookup import UNKNOWN
 from .parts import Part
 
+_CHOICES = dict(color_type=imread_flags, imdecode_backend=supported_backends)
 _PACKAGES = 'mmcv', 'mmengine', 'mmseg', 'mmseg_volo'
 
 
@@ -28,6 +30,20 @@ def check_form(dataset: Part) -> Iterator[str]:
     for i, step in enumerate(given):
         if not isinstance(step, Mapping) and not callable(step):
             yield f'{key}.{i}: {step!r:.60} is no transform; write dict(type=...)'
+
+
+def check_transform(step: Part) -> Iterator[str]:
+    """The faults in sizes and in ways to decode, which mmcv would find at the first image."""
+    if not _is_known([step]):
+        return
+    for name in ('scale', 'crop_size', 'size'):
+        value = step.cfg.get(name)
+        if value == 0 or (isinstance(value, list | tuple) and 0 in value):
+            yield f'{step.key}.{name}: {value!r} has a side of 0 pixels'
+    for name, known in _CHOICES.items():
+        value = step.cfg.get(name)
+        if isinstance(value, str) and value not in known:
+            yield f'{step.key}.{name}: {value!r} is none of {", ".join(sorted(known))}'
 
 
 def check_order(dataset: Part, steps: Sequence[Part]) -> Iterator[str]:

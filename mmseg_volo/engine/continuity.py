@@ -171,7 +171,8 @@ def _inputs_of(runner: Runner) -> dict:
     return dict(
         {name: [round(x, 4) for x in some.flatten().tolist()] for name, some in numbers.items() if some is not None},
         reduce_zero_label=getattr(_first(runner.train_dataloader.dataset), 'reduce_zero_label', None),
-        bgr_to_rgb=getattr(preprocessor, '_channel_conversion', None),
+        # The attribute's name depends on the version of mmseg.
+        bgr_to_rgb=getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', None)),
     )
 
 

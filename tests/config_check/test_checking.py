@@ -16,7 +16,7 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS, METRICS, MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_volo.config_check import check_config, check_model, settle
+from mmseg_volo.config_check import check_config, check_model, check_tta_pipeline, settle
 from mmseg_volo.config_check.runs import _RESULTS
 from mmseg_volo.datasets.camvid import CamVidDataset
 from mmseg_volo.errors import ConfigError
@@ -270,7 +270,6 @@ FAULTS = {
             ('val_dataloader__dataset__pipeline__1__keep_ratio', 'True', 'True or False'),
             ('val_dataloader__dataset__data_root', 3, 'a text'),
             ('val_dataloader__dataset__indices', '5', 'a list or a number'),
-            ('train_dataloader__num_workers', '2', 'a number'),
             ('custom_hooks', [dict(type='EarlyStoppingHook', monitor='mIoU', patience='1')], 'a number'),
         )
     },
@@ -294,6 +293,14 @@ FAULTS = {
     },
     'pipeline by name': (dict(val_dataloader__dataset__pipeline='test'), r'dataset\.pipeline: str is no list'),
     'transform by name': (dict(val_dataloader__dataset__pipeline=['Load']), r"pipeline\.0: 'Load' is no transform"),
+    'image of no pixels': (
+        dict(val_dataloader__dataset__pipeline__1__scale=(0, 9)),
+        r'pipeline\.1\.scale: .* 0 pixels',
+    ),
+    'colours': (
+        dict(val_dataloader__dataset__pipeline__0__color_type='colour'),
+        r"pipeline\.0\.color_type: 'colour' is none of color, ",
+    ),
     'augmentation that does not pack': (
         dict(
             val_dataloader__dataset__pipeline=[
@@ -520,6 +527,21 @@ def test_the_model_for_prediction():
     with pytest.raises(ConfigError, match=r"backbone\.drop_path: .* 'drop_path_rate'"):
         check_model(config(model__backbone__drop_path=1))
     check_model(config(train_dataloader__dataset__data_rot='x'))
+    for model in (None, 'x'):
+        with pytest.raises(ConfigError, match=r'^volo_d1_camvid\.py: model: '):
+            check_model(config(model=model))
+    with pytest.raises(ConfigError, match=r'test_dataloader\.dataset\.pipeline: str is no list'):
+        check_model(config(test_dataloader__dataset__pipeline='test'))
+
+
+def test_the_pipeline_of_augmentation():
+    check_tta_pipeline(CAMVID)
+    for change, line in (
+        (dict(tta_pipeline__1__transforms=[[dict(type='PackSegInputss')]]), r"tta_pipeline\.1.*'PackSegInputs'"),
+        (dict(tta_pipeline=[dict(type='LoadImageFromFile')]), r'tta_pipeline: packs no inputs'),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            check_tta_pipeline(config(**change))
 
 
 def test_settings_that_cannot_hold_are_dropped(log):
