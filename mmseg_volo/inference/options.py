@@ -84,8 +84,9 @@ def check_tta(config: Config) -> None:
     """Check that a config has test-time augmentation, and that the model's own data preprocessor prepares the views.
 
     Raises:
-        ConfigError: ``tta_pipeline`` or ``tta_model`` is missing; ``tta_pipeline`` has a fault; ``tta_model`` has another
-            data preprocessor; or it is mmseg's SegTTAModel, and the model has one output channel, of which every pixel would be foreground.
+        ConfigError: ``tta_pipeline`` or ``tta_model`` is missing; ``tta_pipeline`` has a fault; ``tta_model`` has
+            another data preprocessor; or it is mmseg's SegTTAModel, and the model has one output channel, of which
+            every pixel would be foreground.
     """
     if not config.get('tta_pipeline') or not isinstance(config.get('tta_model'), dict):
         raise ConfigError('--aug-test needs tta_pipeline and tta_model in the config; see configs/_base_')
