@@ -28,7 +28,8 @@ def check_ignored(
     """
     for part in (*heads, *metrics):
         value = part.get('ignore_index')
-        if not (isinstance(value, int) or value is NOTHING or (value is None and _takes_none(part, model))):
+        # A text is found with those of other arguments.
+        if not (isinstance(value, int | str) or value is NOTHING or (value is None and _takes_none(part, model))):
             yield f'{part.key}.ignore_index: {value!r} is no whole number, such as 255'
     places = [(f'{head.key}.ignore_index', head.get('ignore_index')) for head in heads if not head.is_a(STDCHead)]
     places = [(key, value) for key, value in places if isinstance(value, int)]

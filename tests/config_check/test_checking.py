@@ -211,7 +211,7 @@ FAULTS = {
         r'reduce_zero_label turns labels into 255, but model\.decode_head\.ignore_index is 254',
     ),
     **{
-        f'{key} {value!r}': ({key: value}, r'ignore_index: .* is no whole number')
+        f'{key} {value!r}': ({key: value}, r'ignore_index: .* is no whole number|a number here')
         for key in ('model__decode_head__ignore_index', 'val_evaluator__ignore_index')
         for value in ('255', None, 255.0, [255])
     },
