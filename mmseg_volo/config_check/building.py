@@ -76,6 +76,10 @@ class NamedBuildErrors:
         with self._named('param_scheduler'):
             return super().build_param_scheduler(scheduler)
 
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        with self._named('default_hooks or custom_hooks') if fn_name == 'before_run' else nullcontext():
+            super().call_hook(fn_name, **kwargs)
+
     @contextmanager
     def _run(self) -> Iterator[None]:
         self._runs = True
