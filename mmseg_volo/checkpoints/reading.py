@@ -10,6 +10,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
@@ -30,7 +31,7 @@ from ..errors import CheckpointError
 from .allowed import allowed_globals
 from .content import as_checkpoint, as_read, meta_of_texts, with_source
 from .structure import check_structure
-from .writing import is_sealed, seal_holds
+from .writing import dump, is_sealed, seal_holds
 
 TIMM_NAMES = (
     'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, '
@@ -61,9 +62,7 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> object:
         CheckpointError: the file is broken or holds objects that would run code.
     """
     path = Path(filename).expanduser()
-    if not path.is_file():
-        kind = 'is a folder' if path.is_dir() else 'does not exist'
-        raise FileNotFoundError(f'checkpoint {filename} {kind}; expected a .pth, .pth.tar or .safetensors file')
+    _check_is_file(path)
     if path.suffix == '.safetensors':
         content = _read_safetensors(path, map_location)
     else:
@@ -104,15 +103,36 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
     return dict(state_dict=weights, meta=meta) if meta else weights
 
 
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():  # opening a pipe would wait for ever
+        kind = 'is a folder' if path.is_dir() else 'is no ordinary file' if path.exists() else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {path} {kind}; expected a .pth, .pth.tar or .safetensors file')
+
+
 def read_meta(path: Path) -> dict:
     """Read the ``meta`` of a checkpoint without reading or verifying its tensors.
 
     Raises:
+        FileNotFoundError: no such file.
         CheckpointError: the file is broken or unsafe.
     """
+    _check_is_file(path)
     content = _parse(path, 'cpu', mmap=zipfile.is_zipfile(path))
     meta = content.get('meta') if isinstance(content, dict) else None
     return meta if isinstance(meta, dict) else {}
+
+
+def is_readable(value: object) -> bool:
+    """Whether a value can be saved in a checkpoint and read again: it holds tensors and plain data alone."""
+    file = BytesIO()
+    try:
+        dump(value, file)
+        file.seek(0)
+        with torch.serialization.safe_globals(allowed_globals()):
+            torch.load(file, weights_only=True)
+    except Exception:  # the pickler and the parser may raise anything
+        return False
+    return True
 
 
 def _read_torch(path: Path, map_location: MapLocation) -> object:

@@ -392,3 +392,14 @@ def test_arrays_come_back_as_numpy_wrote_them(tmp_path):
             assert isinstance(found, type(value)) and found.flags.fnc == value.flags.fnc
         torch.save(read, tmp_path / 'x.pth')  # as a run that resumes writes them again
     assert torch.load(tmp_path / 'x.pth', weights_only=False)[0].__class__ is np.ndarray
+
+
+@pytest.mark.parametrize(
+    'palette', ['red', [1, 2, 3], [(1, 2, 3, 4)], [(300, 0, 0)], [(-1, 0, 0)], ['#ff0000'], dict(a=(1, 2, 3)), [None]]
+)
+def test_class_names_and_colours_that_are_none_are_left_out(palette, tmp_path):
+    meta = dict(CLASSES=('a', None), PALETTE=palette, dataset_meta=dict(classes=[1, 'b'], palette=palette))
+    torch.save(dict(state_dict={'w': torch.ones(1)}, meta=meta), tmp_path / 'x.pth')
+    assert as_checkpoint(load_from_local(str(tmp_path / 'x.pth')))['meta'] == dict(
+        dataset_meta=dict(classes=['1', 'b'])
+    )
