@@ -53,7 +53,10 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
         weights, state = bare_model(runner.model).state_dict(), wrapper and wrapper.state_dict()
     if not is_main_process():
         return None
-    checkpoint = dict(meta=meta, state_dict=weights, message_hub=runner.message_hub.state_dict())
+    hub = runner.message_hub.state_dict()
+    if 'dataset_meta' in hub['runtime_info']:  # mmengine's RuntimeInfoHook notes it once more
+        hub['runtime_info']['dataset_meta'] = meta.get('dataset_meta')
+    checkpoint = dict(meta=meta, state_dict=weights, message_hub=hub)
     if save_optimizer:
         checkpoint['optimizer'] = state
     if save_param_scheduler and runner.param_schedulers is not None:
