@@ -268,3 +268,14 @@ def test_notes_of_a_data_set_that_no_checkpoint_can_hold_are_left_out(tmp_path, 
             and not isinstance(read, ConfigDict)
             and not isinstance(read['source'][0], ConfigDict)
         )
+
+
+def test_a_run_on_a_data_set_with_such_notes_can_be_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Points, 'metainfo', dict(Points.metainfo, day=datetime.date(2020, 1, 1)))
+    toy_run(tmp_path).train()
+    content = newest_checkpoint([tmp_path], LOGGER)[1]
+    assert (
+        content['meta']['dataset_meta']
+        == dict(classes=('a', 'b'))
+        == content['message_hub']['runtime_info']['dataset_meta']
+    )
