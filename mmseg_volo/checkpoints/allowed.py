@@ -22,6 +22,8 @@ _TYPE = re.compile(r'[biufc]\d{1,2}|U[1-9]\d{0,8}')  # numbers and texts, as Num
 class _Dtype:
     """Stands for ``np.dtype``. Its state must be that which NumPy gives this type, in either byte order."""
 
+    dtype = np.dtype('f8')  # a file may skip __init__
+
     def __init__(self, name: str, align: bool = False, copy: bool = False):
         if not isinstance(name, str) or not _TYPE.fullmatch(name):
             raise CheckpointError('an array or number of unsupported type')
