@@ -304,11 +304,10 @@ class _ConfigCheck:
     def __call__(self, error: Exception) -> None:
         if self._plain and self._cause(error) == self._cause(self._plain):
             kind, reason = self._cause(error)
-            why = f'{kind.__name__}: {reason}'
-            if reason == "'inputs'":
-                why = 'the pipeline packs no inputs; its last transform must be PackSegInputs'
-            source = source_of(self._predictor.config)
-            raise ConfigError(f'{source}no image can be predicted, not even a plain one of 64 x 64 pixels: {why}')
+            raise ConfigError(
+                f'{source_of(self._predictor.config)}no image can be predicted, not even a plain one of 64 x 64 pixels: '
+                f'{kind.__name__}: {reason}'
+            )
 
     @cached_property
     def _plain(self) -> Exception | None:
