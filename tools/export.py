@@ -8,6 +8,7 @@ if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ct
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import run_tool
+from mmseg_volo.config_check import check_model
 from mmseg_volo.export.exporting import export_model
 from mmseg_volo.export.formats import FORMATS
 from mmseg_volo.export.network import OUTPUTS
@@ -41,8 +42,10 @@ def main() -> None:
         '--allow-mismatch', action='store_true', help='accept a checkpoint of another model or other classes'
     )
     args = parser.parse_args()
+    config = load_config(args.config)
+    check_model(config, any_classes=True)
     export_model(
-        load_config(args.config),
+        config,
         args.checkpoint,
         args.out,
         args.format,

@@ -9,6 +9,7 @@ if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ct
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import add_inference_arguments, run_tool
+from mmseg_volo.config_check import check_model
 from mmseg_volo.inference.files import Recipe, predict_files
 from mmseg_volo.inference.video import VIDEO_FORMATS, VIDEO_SUFFIXES
 from mmseg_volo.utils.config import load_config
@@ -87,7 +88,9 @@ def main() -> int:
         allow_mismatch=args.allow_mismatch,
         cuda_graph=args.cuda_graph,
     )
-    recipe = Recipe(load_config(args.config), args.checkpoint, args.device, args.aug_test, options)
+    config = load_config(args.config)
+    check_model(config, any_classes=True)
+    recipe = Recipe(config, args.checkpoint, args.device, args.aug_test, options)
     try:
         failed = predict_files(
             recipe,

@@ -36,7 +36,7 @@ _NEEDED = {
     *('optim_wrapper', 'param_scheduler', 'default_hooks', 'custom_hooks', 'default_scope', 'custom_imports'),
     *('visualizer', 'runner_type', 'model_wrapper_cfg'),
 }
-_RESERVED = {*RESERVED_KEYS, 'dict'}  # a text that sets dict could not be read
+_RESERVED = {*RESERVED_KEYS, 'dict', 'float'}  # a text that sets dict could not be read
 _SCOPES = 'mmseg', 'mmengine', 'mmcv'
 _TYPES = 'type', 'runner_type'
 # Where and how the trainer's machine stores files. Some storage clients import what these name, mmseg's inferencer
@@ -44,6 +44,7 @@ _TYPES = 'type', 'runner_type'
 _LEFT_OUT = {
     *('backend_args', 'file_client_args', 'filename_tmpl', 'save_dir', 'out_dir', 'output_dir', 'show_dir'),
     *('out_file', 'output_file', 'outfile_prefix', 'out_file_path', 'json_trace_path', 'result_path'),
+    'checkpoint_path',  # timm reads it by itself, while it builds the model
 }
 # Weights are read by mmseg_volo.checkpoints.reading, which runs no code.
 _WEIGHTS = {'checkpoint', 'pretrained', 'load_from', 'resume_from'}
@@ -56,6 +57,7 @@ _TEXTS = {
 _TEXTS_BELOW = {'data_prefix', 'metainfo'}  # every string in these
 _UNPICKLED = {'pkl', 'pickle', 'yml', 'yaml'}  # mmengine.load runs code in files with these suffixes
 _WORD = re.compile(r'[\w +,()/-]*')
+_INSTRUCTION = re.compile(r'_.*\w_')  # _base_, _delete_, ...
 _KEY = re.compile(r'[^{}]{1,200}')
 
 
@@ -84,8 +86,10 @@ def checked_config(text: object) -> dict:
         ) from error
     config = {}
     for key, value in given.items():
-        if key.startswith('_') or key in _RESERVED:
+        if key in _RESERVED or _INSTRUCTION.fullmatch(key):
             raise ConfigError(f'{key} would change how mmengine reads the config')
+        if key.startswith('_'):  # a variable of the config file, such as that of a loop
+            continue
         try:
             config[key] = _imports(value) if key == 'custom_imports' else _checked(value, key, key)
         except ConfigError:
@@ -119,13 +123,15 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
         for name, inner in value.items():
             inside = f'{where}.{name}'
             if not isinstance(name, int) and not (isinstance(name, str) and _KEY.fullmatch(name)):
-                raise ConfigError(f'{where} has the key {name!r:.100}')
+                raise ConfigError(f'{where} has the key {name!r:.100}, which is no name')
             if isinstance(name, str) and name.startswith('_') and name != '_scope_':
                 raise ConfigError(f'{inside} would change how mmengine reads the config')
             if name not in _LEFT_OUT and not (name == 'ann_file' and _is_unpickled(inner)):
                 inner_key = 'type of albumentations' if albu and name == 'type' else name
                 inner_key = key if key in _TEXTS_BELOW and name not in ('type', '_scope_') else inner_key
                 out[name] = _checked(inner, inner_key, inside, depth + 1, inner_albu)
+        if str(out.get('type')).rpartition('.')[2] == 'TIMMBackbone':
+            out['pretrained'] = False  # by default it downloads weights while it is built
         return out
     if isinstance(value, (list, tuple)):
         return type(value)(_checked(inner, key, f'{where}.{i}', depth + 1, albu) for i, inner in enumerate(value))
@@ -133,21 +139,17 @@ def _checked(value: object, key: str, where: str, depth: int = 0, albu: bool = F
         problem = _problem(value, key)
         if problem:
             raise ConfigError(f'{where}={value!r:.100} {problem}')
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f'{where} is not finite')
-    if isinstance(value, int) and value.bit_length() > 64:
-        raise ConfigError(f'{where} is larger than any integer of 64 bits')
     return value
 
 
 def _problem(value: str, key: object) -> str | None:
     """What a string may do under a key, if it is more than a word; None for harmless ones."""
-    if '{' in value or '}' in value or not value.isprintable():
-        return 'has braces or characters that cannot be seen'
+    if '{{' in value or '}}' in value or not value.isprintable():
+        return 'has double braces or characters that cannot be seen'
     if key in _TYPES:
         if not _is_registered(value):
             return 'is no type of mmengine, mmcv, mmseg or mmseg_volo'
-        return 'would be imported as a module' if _is_module(value) else None
+        return 'would be imported as a module' if '.' not in value and _is_module(value) else None
     if key in ('_scope_', 'default_scope'):
         return None if value in _SCOPES else f'is none of {", ".join(_SCOPES)}'
     if key in _WEIGHTS or key in _TEXTS or key in _TEXTS_BELOW:
@@ -174,12 +176,23 @@ def _is_module(name: str) -> bool:
 
 
 def _is_registered(name: str) -> bool:
-    """Whether a registry of mmengine or mmseg knows a type; imports only the modules of mmengine and mmseg."""
+    """Whether a registry of mmengine or mmseg knows a type; imports only the modules of mmengine and mmseg.
+
+    Args:
+        name: as ``VOLO``; or with its scope, as ``mmseg.VOLO``; or with its module, as mmengine writes a class of a
+            config that was imported.
+    """
+    place, _, short = name.rpartition('.')
     for find_all in (False, True):
         for registry in _registries():
             if find_all:
                 registry.import_from_location()
-            if name in registry.module_dict:
+            if (not place or (place in _SCOPES and place == registry.scope)) and short in registry.module_dict:
+                return True
+        if place in sys.modules:
+            # Looked up without code: a module may import more when it is asked for a name.
+            found = vars(sys.modules[place]).get(short)
+            if any(found is one for registry in _registries() for one in registry.module_dict.values()):
                 return True
     return False
 
@@ -198,4 +211,6 @@ def _written(value: object) -> str:
         return f'[{", ".join(map(_written, value))}]'
     if isinstance(value, tuple):
         return f'({"".join(f"{_written(inner)}, " for inner in value)})'
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float({str(value)!r})'
     return repr(value)

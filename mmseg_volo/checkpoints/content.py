@@ -70,9 +70,9 @@ def _leave_out_what_is_no_dict(content: Content, source: str) -> None:
             print_log(f'{source}: {key} is left out, because it is no dict', 'current', logging.WARNING)
             del holder[key]
     meta = content.get('meta')
-    given = meta.get('dataset_meta') if isinstance(meta, dict) else None
-    if not isinstance(given, (dict, type(None))):
-        raise CheckpointError(f'{source}: meta.dataset_meta is {type(given).__name__}, expected a dict')
+    if isinstance(meta, dict) and not isinstance(meta.get('dataset_meta'), (dict, type(None))):
+        print_log(f'{source}: meta.dataset_meta is left out, because it is no dict', 'current', logging.WARNING)
+        del meta['dataset_meta']
 
 
 def _replace_config_texts(content: Content, source: str) -> None:
@@ -113,7 +113,7 @@ def as_checkpoint(content: object, source: str | None = None) -> dict:
         source: the file; by default the name that :func:`as_read` noted.
 
     Raises:
-        CheckpointError: there are no weights, or the class names or colours are none.
+        CheckpointError: there are no weights.
     """
     if source is None:
         state = content.get('state_dict', content) if isinstance(content, dict) else None
@@ -134,8 +134,7 @@ def as_checkpoint(content: object, source: str | None = None) -> dict:
     else:
         state = content[key]
     meta = content.get('meta')
-    meta = meta if isinstance(meta, dict) else {}
-    _check_classes(meta, source)
+    meta = _with_usable_classes(meta if isinstance(meta, dict) else {}, source)
     return {**content, 'state_dict': with_source(state, source), 'meta': meta}
 
 
@@ -150,23 +149,38 @@ def weights_in(state: Mapping, own: Mapping) -> dict:
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor) or name in own}
 
 
-def _check_classes(meta: Mapping, source: str) -> None:
-    found = meta.get('dataset_meta')
-    found = dict(found if isinstance(found, dict) else {}, CLASSES=meta.get('CLASSES'), PALETTE=meta.get('PALETTE'))
-    for key in ('classes', 'CLASSES'):
-        names = found.get(key)
-        if names is not None and not (
-            isinstance(names, (list, tuple)) and all(isinstance(name, (str, int, float, np.generic)) for name in names)
-        ):
-            raise CheckpointError(f'{source}: {key}={names!r:.60}: expected a list of class names')
-    for key in ('palette', 'PALETTE'):
-        colours = found.get(key)
-        if colours is not None and not (isinstance(colours, (list, tuple)) and all(map(_is_colour, colours))):
-            raise CheckpointError(f'{source}: {key}={colours!r:.60}: expected a list of colours (red, green, blue)')
+def _with_usable_classes(meta: dict, source: str) -> dict:
+    """Copy ``meta``, with class names as texts. Names and colours that are none are left out with a warning."""
+    meta = dict(meta)
+    if isinstance(meta.get('dataset_meta'), dict):
+        meta['dataset_meta'] = dict(meta['dataset_meta'])
+    for holder in (meta, meta.get('dataset_meta')):
+        for key in ('classes', 'palette') if holder is not meta else ('CLASSES', 'PALETTE'):
+            value = (holder or {}).get(key)
+            if value is None:
+                continue
+            fits, what = (
+                (_is_name, 'class names') if key.lower() == 'classes' else (_is_colour, 'colours (red, green, blue)')
+            )
+            if not isinstance(value, (list, tuple)) or not all(map(fits, value)):
+                print_log(
+                    f'{source}: {key}={value!r:.60} is left out: expected a list of {what}', 'current', logging.WARNING
+                )
+                del holder[key]
+            elif fits is _is_name:
+                holder[key] = (list if isinstance(value, list) else tuple)(map(str, value))
+    return meta
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, (str, int, float, np.generic))
 
 
 def _is_colour(value: object) -> bool:
-    numbers = value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else value
+    try:
+        numbers = value.tolist() if isinstance(value, (np.ndarray, torch.Tensor)) else value
+    except RuntimeError:  # a tensor without values
+        return False
     return (
         isinstance(numbers, (list, tuple))
         and len(numbers) == 3

@@ -10,15 +10,14 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlparse
 
-import numpy as np
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.fileio import get_file_backend
-from mmengine.logging import HistoryBuffer
 from mmengine.runner import (
     CheckpointLoader,
     get_deprecated_model_names,
@@ -29,9 +28,10 @@ from mmengine.runner import (
 from mmengine.runner.checkpoint import _get_mmengine_home
 
 from ..errors import CheckpointError
+from .allowed import allowed_globals
 from .content import as_checkpoint, as_read, meta_of_texts, with_source
 from .structure import check_structure
-from .writing import is_sealed, seal_holds
+from .writing import dump, is_sealed, seal_holds
 
 TIMM_NAMES = (
     'volo_d1_224, volo_d1_384, volo_d2_224, volo_d2_384, volo_d3_224, volo_d3_448, volo_d4_224, volo_d4_448, '
@@ -43,49 +43,6 @@ _LARGEST_HEADER = 2**24  # bytes, of a .safetensors file
 _UNPACKED = 4  # times the size of a compressed file
 # Parts of torch's error messages for a file that holds something other than data.
 _UNSAFE = re.compile(r'GLOBAL|[Uu]nsupported class|unrecognized function|Can only (build|create)')
-
-
-class _History(HistoryBuffer):
-    """Stands for mmengine's HistoryBuffer in a file, whose own ``__setstate__`` changes all buffers of the process."""
-
-    def __setstate__(self, state: dict) -> None:
-        log, count = state['_log_history'], state['_count_history']
-        if not all(isinstance(one, np.ndarray) and one.ndim == 1 for one in (log, count)) or len(log) != len(count):
-            raise pickle.UnpicklingError('a log history that is none')
-        self._set_default_statistics()
-        self.__dict__.update(max_length=int(state['max_length']), _log_history=log, _count_history=count)
-        self.__class__ = HistoryBuffer
-
-
-def _history_getattr(owner: type, name: str) -> str:
-    """Replace the getattr that mmengine's log histories pickle for their statistics, which are not read."""
-    if owner is _History and isinstance(name, str) and not name.startswith('_'):
-        return name
-    raise pickle.UnpicklingError(f'GLOBAL getattr was asked for {name} of {owner}')
-
-
-def _no_bytes() -> bytes:
-    """Replace the ``bytes`` that an empty array is pickled with; with an argument it could fill the memory."""
-    return b''
-
-
-def _safe_globals() -> list:
-    """Types that mmengine's checkpoints hold besides tensors: log histories and NumPy numbers. None runs code."""
-    multiarray = np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
-    kinds = {
-        type(np.dtype(kind)) for kind in ('f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'b1', 'U1')
-    }
-    functions = (multiarray.scalar, multiarray._reconstruct)
-    # NumPy 1 and 2 give these two functions different names; allow both, to read files of either version.
-    old_names = [(function, f'numpy.core.multiarray.{function.__name__}') for function in functions]
-    new_names = [(function, f'numpy._core.multiarray.{function.__name__}') for function in functions]
-    # torch looks for the name in the file, and for the type of an object that it completes.
-    buffer = f'{HistoryBuffer.__module__}.{HistoryBuffer.__name__}'
-    history = [(_History, buffer), (_history_getattr, 'builtins.getattr'), (_no_bytes, 'builtins.bytes')]
-    # The statistics that this process has registered, by name: they are not read, but stand in the file.
-    own = {f'{m.__module__}.{m.__qualname__}' for m in HistoryBuffer._statistics_methods.values()}
-    history += [(_no_bytes, name) for name in own if not name.startswith(buffer)]
-    return [np.ndarray, np.dtype, slice, *kinds, *old_names, *new_names, *history]
 
 
 @CheckpointLoader.register_scheme(prefixes='', force=True)
@@ -105,9 +62,7 @@ def load_from_local(filename: str, map_location: MapLocation = None) -> object:
         CheckpointError: the file is broken or holds objects that would run code.
     """
     path = Path(filename).expanduser()
-    if not path.is_file():
-        kind = 'is a folder' if path.is_dir() else 'does not exist'
-        raise FileNotFoundError(f'checkpoint {filename} {kind}; expected a .pth, .pth.tar or .safetensors file')
+    _check_is_file(path)
     if path.suffix == '.safetensors':
         content = _read_safetensors(path, map_location)
     else:
@@ -148,15 +103,36 @@ def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
     return dict(state_dict=weights, meta=meta) if meta else weights
 
 
+def _check_is_file(path: Path) -> None:
+    if not path.is_file():  # opening a pipe would wait for ever
+        kind = 'is a folder' if path.is_dir() else 'is no ordinary file' if path.exists() else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {path} {kind}; expected a .pth, .pth.tar or .safetensors file')
+
+
 def read_meta(path: Path) -> dict:
     """Read the ``meta`` of a checkpoint without reading or verifying its tensors.
 
     Raises:
+        FileNotFoundError: no such file.
         CheckpointError: the file is broken or unsafe.
     """
+    _check_is_file(path)
     content = _parse(path, 'cpu', mmap=zipfile.is_zipfile(path))
     meta = content.get('meta') if isinstance(content, dict) else None
     return meta if isinstance(meta, dict) else {}
+
+
+def is_readable(value: object) -> bool:
+    """Whether a value can be saved in a checkpoint and read again: it holds tensors and plain data alone."""
+    file = BytesIO()
+    try:
+        dump(value, file)
+        file.seek(0)
+        with torch.serialization.safe_globals(allowed_globals()):
+            torch.load(file, weights_only=True)
+    except Exception:  # the pickler and the parser may raise anything
+        return False
+    return True
 
 
 def _read_torch(path: Path, map_location: MapLocation) -> object:
@@ -199,10 +175,12 @@ def _parse(path: Path, map_location: MapLocation, mmap: bool = False) -> object:
     if map_location is None and not torch.cuda.is_available():
         map_location = 'cpu'  # otherwise a file saved on a GPU needs a GPU
     try:
-        with torch.serialization.safe_globals(_safe_globals()):
+        with torch.serialization.safe_globals(allowed_globals()):
             return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except torch.cuda.OutOfMemoryError:
         raise
+    except CheckpointError as error:
+        raise CheckpointError(f'{path}: refused, because it holds {error}') from error
     except Exception as error:  # the parser may raise anything on broken bytes
         lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         unsafe = next((line for line in lines if _UNSAFE.search(line)), None)

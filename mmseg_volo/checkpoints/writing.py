@@ -13,10 +13,13 @@ import pickle
 import re
 import struct
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
 from ..errors import SaveError
@@ -35,7 +38,12 @@ class _Pickler(pickle._Pickler):
     """
 
     def reducer_override(self, obj: object) -> object:
-        """Save log histories without their statistics, which are functions that other processes may not have."""
+        """Save log histories without their statistics, which are functions that other processes may not have.
+
+        Parts of a config are saved as plain dicts.
+        """
+        if isinstance(obj, ConfigDict):
+            return OrderedDict, (), None, None, iter(obj.items())
         if type(obj) is not HistoryBuffer:
             return NotImplemented
         state = {key: value for key, value in vars(obj).items() if key != 'statistics_methods'}
@@ -60,7 +68,7 @@ def write(checkpoint: dict, path: str | Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open('wb') as file:
-            torch.save(checkpoint, file, pickle_module=SimpleNamespace(__name__='pickle', Pickler=_Pickler))
+            dump(checkpoint, file)
     except BaseException as error:
         _remove(part)
         cause = _os_error(error)
@@ -68,6 +76,11 @@ def write(checkpoint: dict, path: str | Path) -> Path:
             raise
         raise save_error(path, cause) from error
     return part
+
+
+def dump(value: object, file: BinaryIO) -> None:
+    """Call :func:`torch.save` with the pickler of this module."""
+    torch.save(value, file, pickle_module=SimpleNamespace(__name__='pickle', Pickler=_Pickler))
 
 
 def finish(part: Path, path: str | Path) -> None:

@@ -76,6 +76,10 @@ class NamedBuildErrors:
         with self._named('param_scheduler'):
             return super().build_param_scheduler(scheduler)
 
+    def call_hook(self, fn_name: str, **kwargs) -> None:
+        with self._named('default_hooks or custom_hooks') if fn_name == 'before_run' else nullcontext():
+            super().call_hook(fn_name, **kwargs)
+
     @contextmanager
     def _run(self) -> Iterator[None]:
         self._runs = True
@@ -111,22 +115,31 @@ def _place(config: Mapping, error: BaseException) -> str | None:
         frame = trace.tb_frame
         part = frame.f_locals.get(_BUILDERS.get(frame.f_code.co_name, ''))
         if isinstance(part, Mapping):
-            found = _key_of(part, whole, '') or found
+            found = _key_of(part, whole, '', same=True) or _key_of(part, whole, '') or found
         trace = trace.tb_next
     return found
 
 
-def _key_of(part: Mapping, within: Any, key: str) -> str | None:
-    """Where a nested config has ``part``, which may have got or lost keys on the way to its constructor."""
+def _key_of(part: Mapping, within: Any, key: str, same: bool = False) -> str | None:
+    """Where a nested config has ``part``, which may have got or lost keys on the way to its constructor.
+
+    With ``same``, all keys must be there.
+    """
     if isinstance(within, Mapping):
-        if key and within.get('type') == part.get('type') and {*within} & {*part} and _agree(part, within):
+        if (
+            key
+            and (not same or {*within} == {*part})
+            and within.get('type') == part.get('type')
+            and {*within} & {*part}
+            and _agree(part, within)
+        ):
             return key
         items = list(within.items())
     elif isinstance(within, list | tuple):
         items = list(enumerate(within))
     else:
         return None
-    return next((at for name, value in items if (at := _key_of(part, value, f'{key}.{name}'.lstrip('.')))), None)
+    return next((at for name, value in items if (at := _key_of(part, value, f'{key}.{name}'.lstrip('.'), same))), None)
 
 
 def _agree(part: Mapping, within: Mapping) -> bool:

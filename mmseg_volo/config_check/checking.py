@@ -6,16 +6,18 @@ from itertools import chain
 from typing import Literal
 
 from mmengine.logging import print_log
+from torch import nn
 
 from ..errors import ConfigError
 from .building import source_of
-from .classes import check_counts, check_names, class_list
+from .classes import check_counts, check_names, check_same, class_list
 from .ignored import check_ignored
 from .keys import check_loader, check_paramwise, check_part, check_top_level
 from .losses import check_losses, check_outputs
 from .parts import Part, Parts, heads, leaves
-from .runs import check_best, check_complete, check_measured
-from .sizes import check_crop, check_windows
+from .pipelines import check_dataset, check_form, check_order, check_transform
+from .runs import check_best, check_complete, check_evaluator, check_measured, check_schedule
+from .sizes import check_crop, check_preprocessor, check_windows
 
 Task = Literal['train', 'test', 'data']
 _SPLITS = 'train', 'val', 'test'
@@ -54,7 +56,9 @@ def check_config(config: Mapping, task: Task | None = None) -> None:
         ConfigError: one line for each fault, with the key and the remedy.
     """
     parts = Parts(config, scope='mmseg' if task == 'data' else 'mmengine')
-    same = all(config.get(f'test_{name}') == config.get(f'val_{name}') for name in ('dataloader', 'evaluator'))
+    same = all(
+        repr(config.get(f'test_{name}')) == repr(config.get(f'val_{name}')) for name in ('dataloader', 'evaluator')
+    )
     splits = {'train': ('train', 'val'), 'test': ('test',)}.get(task, ('train', 'val') if same else _SPLITS)
     _raise(config, list(_faults(parts, splits, task)))
     if task == 'train' and not same:
@@ -77,7 +81,18 @@ def check_model(config: Mapping, any_classes: bool = False) -> None:
     """
     parts = Parts(config, scope='mmseg')
     datasets = [] if any_classes else leaves(parts.datasets('test'))
-    _raise(config, list(_model_faults(parts, datasets, training=False, predicts=True, guarded=False)))
+    faults = chain(
+        _data_faults(parts, 'test'), _model_faults(parts, datasets, training=False, predicts=True, guarded=False)
+    )
+    _raise(config, list(_missing(config)) or list(faults))
+
+
+def check_tta_pipeline(config: Mapping) -> None:
+    """Raise ConfigError with all faults of a config's ``tta_pipeline``, one in each line."""
+    key, dataset = 'test_dataloader.dataset', dict(type='BaseSegDataset', pipeline=config['tta_pipeline'])
+    whole = {**config, 'test_dataloader': dict(dataset=dataset)}
+    faults = _data_faults(Parts(whole, scope='mmseg'), 'test')
+    _raise(config, [fault.replace(f'{key}.pipeline', 'tta_pipeline') for fault in faults])
 
 
 def _raise(config: Mapping, faults: Sequence[str]) -> None:
@@ -91,16 +106,21 @@ def _raise(config: Mapping, faults: Sequence[str]) -> None:
 
 def _faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Iterator[str]:
     config = parts.config
-    if config.get('model') is None and task != 'data':
-        yield 'model: not set'
+    missing = list(_missing(config)) if task != 'data' else []
+    yield from missing
+    if missing:
         return
     if task != 'data':
         yield from check_complete(config, task)
         yield from check_top_level(config, task)
+        yield from check_preprocessor(parts.model())
         for part in parts.surroundings():
             yield from check_part(part)
     hooks = [getattr(hook.kind, '__name__', '') for hook in parts.surroundings()]
     datasets = [one for split in splits for one in leaves(parts.datasets(split))]
+    if task != 'test':
+        trained = leaves(parts.datasets('train'))
+        yield from check_same(trained, [one for one in datasets if not one.key.startswith('train_')])
     predicts = any(config.get(f'{split}_dataloader') is not None for split in splits if split != 'train')
     yield from _model_faults(parts, datasets, task != 'test', predicts and task != 'data', 'LabelGuardHook' in hooks)
     yield from _split_faults(parts, splits, task)
@@ -136,25 +156,55 @@ def _split_faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Ite
             yield from check_loader(f'{split}_dataloader', loader)
         datasets = parts.datasets(split)
         transforms = {one.key: parts.transforms(one) for one in datasets}
-        found = [*datasets, *chain.from_iterable(transforms.values())]
+        yield from _data_faults(parts, split, task != 'data')
+        found = [*datasets]
         if task != 'data':
             found += [*parts.samplers(split), *parts.loop(split), *parts.metrics(split)]
+            yield from check_evaluator(parts.config, f'{split}_evaluator')
         if task != 'data' and split == 'train':
             found += parts.optimization()
             yield from check_paramwise(parts.config)
+            yield from check_schedule(parts.config, parts.loop(split), parts.optimization())
         for part in found:
             yield from check_part(part)
         for dataset in leaves(datasets):
             yield from check_names(dataset)
             if split == 'train':
-                # Wrappers such as MultiImageMixDataset have transforms of their own, which come later.
-                outer = [one for one in datasets if dataset.key.startswith(f'{one.key}.')]
-                steps = [transforms[one.key] for one in (dataset, *reversed(outer))]
-                yield from check_crop(parts.model(), list(chain.from_iterable(steps)))
+                yield from check_crop(parts.model(), _steps(parts, dataset, datasets))
         if split != 'train' and task != 'data':
             yield from check_measured(leaves(datasets), parts.metrics(split), transforms)
         if split == 'val' and task != 'data':
-            yield from check_best(parts.config, parts.metrics(split))
+            yield from check_best(parts.surroundings(), parts.metrics(split))
+
+
+def _data_faults(parts: Parts, split: str, packs: bool = True) -> Iterator[str]:
+    """The faults in the form and the transforms of a split's pipelines, which have to pack inputs if ``packs``."""
+    datasets, loader = parts.datasets(split), parts.config.get(f'{split}_dataloader')
+    if isinstance(loader, Mapping):
+        yield from check_dataset(loader, f'{split}_dataloader.dataset')
+    for dataset in datasets:
+        form = list(check_form(dataset))
+        yield from form
+        packs = packs and not form
+        for part in parts.transforms(dataset):
+            yield from check_part(part)
+            yield from check_transform(part)
+    for dataset in leaves(datasets) if packs else ():
+        yield from check_order(dataset, _steps(parts, dataset, datasets))
+
+
+def _steps(parts: Parts, dataset: Part, datasets: Sequence[Part]) -> list[Part]:
+    """All transforms of a data set; wrappers such as MultiImageMixDataset have their own, which come later."""
+    outer = [one for one in datasets if dataset.key.startswith(f'{one.key}.')]
+    return list(chain.from_iterable(parts.transforms(one) for one in (dataset, *reversed(outer))))
+
+
+def _missing(config: Mapping) -> Iterator[str]:
+    model = config.get('model')
+    if model is None:
+        yield 'model: not set'
+    elif not isinstance(model, Mapping | nn.Module):
+        yield f'model: {model!r:.60} is no dict'
 
 
 def _ignored_faults(parts: Parts, splits: Sequence[str]) -> Iterator[str]:

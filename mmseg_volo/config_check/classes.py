@@ -3,6 +3,7 @@
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def check_names(dataset: Part) -> Iterator[str]:
         yield f'{key}: {_short(names)} is no list of names'
         return
     names, own = list(names), _own(dataset)
+    other = [name for name in names if not isinstance(name, str)]
+    if other:
+        yield f"{key}: {_short(other[0])} is no name; write a list of texts, such as ('road', 'sky')"
+        return
     twice = [name for name, count in Counter(map(str, names)).items() if count > 1]
     if twice:
         yield f'{key}: {_short(twice[0])} is there twice; each class needs a name of its own'
@@ -64,7 +69,15 @@ def _check_palette(dataset: Part, names: Sequence[str], part_of_own: bool) -> It
     """As :meth:`BaseSegDataset._update_palette` does it: a longer palette is fine for a part of the own classes."""
     given = (dataset.cfg.get('metainfo') or {}).get('palette')
     palette = _metainfo(dataset).get('palette') if given is None else given
-    if not isinstance(palette, Sequence) or isinstance(palette, str):
+    if palette is None:
+        return
+    is_list = isinstance(palette, Sequence) and not isinstance(palette, str)
+    strange = [one for one in palette if not _is_colour(one)] if is_list else [palette]
+    if strange:
+        yield (
+            f'{dataset.key}.metainfo.palette: {_short(strange[0])} is no {"colour" if is_list else "list of colours"}; '
+            'give three whole numbers from 0 to 255, (R, G, B), for each class'
+        )
         return
     count = len(palette)
     if count in (0, len(names)) or (part_of_own and count > len(names)):
@@ -73,6 +86,32 @@ def _check_palette(dataset: Part, names: Sequence[str], part_of_own: bool) -> It
         f'{dataset.key}.metainfo.palette: {count} colours for {len(names)} classes; give one colour (R, G, B) for each '
         'class, or none'
     )
+
+
+def _is_colour(value: Any) -> bool:
+    is_triple = isinstance(value, list | tuple) and len(value) == 3
+    return is_triple and all(isinstance(one, Integral) and 0 <= one <= 255 for one in value)
+
+
+def check_same(trained: Sequence[Part], measured: Sequence[Part]) -> Iterator[str]:
+    """The faults that would make scores wrong: the order of classes, or the labels, differ between training and a test.
+
+    Args:
+        trained: the training data sets, without wrappers.
+        measured: those of validation or test, without wrappers.
+    """
+    for one in measured:
+        for first in trained[:1]:
+            names, other = class_list(first), class_list(one)
+            if names and other and names != other and sorted(names) == sorted(other):
+                yield (
+                    f'{one.key}.metainfo.classes: {_listed(other)} in another order than in {first.key}: '
+                    f'{_listed(names)}; the order decides which label is which class, so make them equal'
+                )
+        for same in trained:
+            mine, its = one.get('reduce_zero_label'), same.get('reduce_zero_label')
+            if one.kind is same.kind and one.get('data_root') == same.get('data_root') and mine != its:
+                yield f'{one.key}.reduce_zero_label: {mine}, but {same.key} has {its}; make them equal'
 
 
 def class_list(dataset: Part) -> list[str] | None:

@@ -26,6 +26,11 @@ def check_ignored(
         transforms: of the training pipelines; empty where nothing is trained.
         mapped: data sets that turn some labels into 255.
     """
+    for part in (*heads, *metrics):
+        value = part.get('ignore_index')
+        # A text is found with those of other arguments.
+        if not (isinstance(value, int | str) or value is NOTHING or (value is None and _takes_none(part, model))):
+            yield f'{part.key}.ignore_index: {value!r} is no whole number, such as 255'
     places = [(f'{head.key}.ignore_index', head.get('ignore_index')) for head in heads if not head.is_a(STDCHead)]
     places = [(key, value) for key, value in places if isinstance(value, int)]
     if not places:
@@ -72,3 +77,9 @@ def check_ignored(
             f'{mapped[0].key}: {reason} turns labels into 255, but {places[0][0]} is {value}; set ignore_index=255 '
             'everywhere'
         )
+
+
+def _takes_none(part: Part, model: Sequence[Part]) -> bool:
+    """Whether a head or metric may have no ignored label: mmseg's metric and DiceLoss may, its other losses not."""
+    given = [loss for loss in model if loss.key.startswith(f'{part.key}.loss_decode')]
+    return all(loss.is_a(losses.DiceLoss) for loss in given) and not part.kind.__module__.startswith('mmseg_volo')

@@ -5,12 +5,17 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 
+from mmengine import hooks
 from mmengine.runner import Runner
+from mmseg.engine import SegVisualizationHook
+from mmseg.registry import MODELS
 from torch.utils.data import DataLoader
 
 from ..utils.config import READ_KEYS, used_variables
 from .lookup import UNKNOWN, accepted, find, nearest, registered
 from .parts import ANY, Part
+from .pipelines import check_dataset
+from .values import check_values
 
 # What mmengine's Runner takes out of a data loader's config itself.
 _LOADER_KEYS = {
@@ -19,7 +24,15 @@ _LOADER_KEYS = {
     'disable_subprocess_warning',
 }
 _NEAR = 0.9  # similarity from which a key that may be unknown is taken for a mistyped one
-_DEFAULT_HOOKS = 'runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint', 'visualization'
+_DEFAULT_HOOKS = dict(
+    runtime_info=hooks.RuntimeInfoHook,
+    timer=hooks.IterTimerHook,
+    sampler_seed=hooks.DistSamplerSeedHook,
+    logger=hooks.LoggerHook,
+    param_scheduler=hooks.ParamSchedulerHook,
+    checkpoint=hooks.CheckpointHook,
+    visualization=SegVisualizationHook,
+)
 _PARAMWISE = (
     'custom_keys',
     'bias_lr_mult',
@@ -30,6 +43,7 @@ _PARAMWISE = (
     'dcn_offset_lr_mult',
     'bypass_duplicate',
 )
+_ENVIRONMENT = 'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'  # what mmengine's Runner reads of env_cfg
 # Where MMSegmentation 0.x had a key that 1.x has elsewhere.
 _MOVED = dict(classes='metainfo=dict(classes=...)', palette='metainfo=dict(palette=...)')
 
@@ -52,6 +66,11 @@ def check_part(part: Part) -> Iterator[str]:
             hint = nearest(kind.rpartition('.')[2], registered(part.registry))
             yield f'{part.type_key}: {kind!r} is not registered{hint or "; import its module in custom_imports"}'
         return
+    group, _, name = part.key.rpartition('.')
+    if group == 'default_hooks' and name not in _DEFAULT_HOOKS:
+        same = [usual for usual, kind in _DEFAULT_HOOKS.items() if part.is_a(kind)]
+        if hint := nearest(name, same):
+            yield f'{part.key}: would be a second {part.kind.__name__}{hint}'
     keys, is_open = accepted(part.kind)
     for name in part.cfg:
         if name in keys or name == 'type' or name in part.extra:
@@ -61,17 +80,27 @@ def check_part(part: Part) -> Iterator[str]:
         hint = f'; mmseg 1.x has it in {_MOVED[name]}' if name in _MOVED else nearest(name, [*keys, *part.extra])
         kind = getattr(part.kind, '__name__', part.kind)
         yield f'{part.key}.{name}: {kind} has no such argument{hint or "; remove it"}'
+    yield from check_values(part)
 
 
 def check_paramwise(config: Mapping) -> Iterator[str]:
     """Mistyped keys of ``optim_wrapper.paramwise_cfg``, which mmengine's own constructor would ignore."""
     wrapper = config.get('optim_wrapper')
     given = wrapper.get('paramwise_cfg') if isinstance(wrapper, Mapping) else None
-    if not isinstance(given, Mapping) or wrapper.get('constructor') not in (None, 'DefaultOptimWrapperConstructor'):
+    known = dict(DefaultOptimWrapperConstructor=_PARAMWISE, VOLOLayerDecayConstructor=(*_PARAMWISE, 'layer_decay_rate'))
+    constructor = wrapper.get('constructor') or 'DefaultOptimWrapperConstructor' if given else None
+    known = known.get(constructor) if isinstance(constructor, str) else None
+    if not isinstance(given, Mapping) or known is None:
         return
+    key = 'optim_wrapper.paramwise_cfg'
     for name in given:
-        if name not in _PARAMWISE and (hint := nearest(name, _PARAMWISE)):
-            yield f'optim_wrapper.paramwise_cfg.{name}: nothing reads this key{hint}'
+        if name not in known and (hint := nearest(name, known)):
+            yield f'{key}.{name}: nothing reads this key{hint}'
+    custom, known = given.get('custom_keys'), ('lr_mult', 'decay_mult')
+    for part, options in custom.items() if isinstance(custom, Mapping) else ():
+        for name in options if isinstance(options, Mapping) else ():  # others are options of the optimizer
+            if name not in known and (hint := nearest(name, known, 0.75)):
+                yield f'{key}.custom_keys.{part}.{name}: nothing reads this key{hint}'
 
 
 def check_loader(key: str, loader: Mapping) -> Iterator[str]:
@@ -82,6 +111,7 @@ def check_loader(key: str, loader: Mapping) -> Iterator[str]:
     for name in ('dataset', 'sampler'):
         if name not in loader:
             yield f'{key}: has no {name}'
+    yield from check_dataset(loader, f'{key}.dataset')
 
 
 def check_top_level(config: Mapping, task: str | None) -> Iterator[str]:
@@ -97,6 +127,16 @@ def check_top_level(config: Mapping, task: str | None) -> Iterator[str]:
     for name, near in candidates.items():
         if name not in used:
             yield f'{name}: nothing reads this key; did you mean {near!r}?'
+    scopes = {*MODELS.root.children, MODELS.root.scope}
+    scope = config.get('default_scope')
+    if isinstance(scope, str) and scope not in scopes and (hint := nearest(scope, scopes)):
+        yield f'default_scope: {scope!r} is no package with registered types{hint}'
+    if not isinstance(config.get('resume', False), bool | None):
+        yield f'resume: {config["resume"]!r} is neither True nor False; load_from names the file to resume from'
+    environment = config.get('env_cfg')
+    for name in environment if isinstance(environment, Mapping) else ():
+        if name not in _ENVIRONMENT and (hint := nearest(name, _ENVIRONMENT)):
+            yield f'env_cfg.{name}: nothing reads this key{hint}'
     randomness = config.get('randomness')
     allowed = set(inspect.signature(Runner.set_randomness).parameters) - {'self'}
     for name in randomness if isinstance(randomness, Mapping) else ():

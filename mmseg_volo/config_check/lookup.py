@@ -59,19 +59,19 @@ def _of_scope(registry: Registry, scope: str) -> Registry | None:
     return registry.root.children.get(scope)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """A clause for a message, such as "; did you mean 'drop_path_rate'?", empty if no name is near."""
-    found = difflib.get_close_matches(str(name), list(known), 1, 0.6)
+    found = difflib.get_close_matches(str(name), list(known), 1, cutoff)
     return f'; did you mean {found[0]!r}?' if found else ''
 
 
 @functools.lru_cache(None)
-def accepted(kind: Callable) -> tuple[Mapping[str, Any], bool]:
-    """Return the keys that a constructor takes, each with its default or ``NOTHING``, and whether it may take others.
+def accepted(kind: Callable) -> tuple[Mapping[str, inspect.Parameter], bool]:
+    """Return the keys that a constructor takes, each with its parameter, and whether it may take others.
 
     The arguments of the base classes count as far as each constructor passes its ``**kwargs`` on.
     """
-    keys: dict[str, Any] = {}
+    keys: dict[str, inspect.Parameter] = {}
     if not inspect.isclass(kind):
         return keys, _add(keys, kind) is not None
     for base in kind.__mro__:
@@ -92,10 +92,11 @@ def accepted(kind: Callable) -> tuple[Mapping[str, Any], bool]:
 
 def default_of(kind: Callable, name: str) -> Any:
     """The default of a constructor's argument, or ``NOTHING``."""
-    return accepted(kind)[0].get(name, NOTHING) if callable(kind) else NOTHING
+    parameter = accepted(kind)[0].get(name) if callable(kind) else None
+    return NOTHING if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
-def _add(keys: dict[str, Any], function: Callable) -> str | None:
+def _add(keys: dict[str, inspect.Parameter], function: Callable) -> str | None:
     """Add the arguments of a function to ``keys``; return the name of its ``**kwargs``."""
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -106,7 +107,7 @@ def _add(keys: dict[str, Any], function: Callable) -> str | None:
         if parameter.kind is parameter.VAR_KEYWORD:
             rest = parameter.name
         elif parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and parameter.name != 'self':
-            keys.setdefault(parameter.name, NOTHING if parameter.default is parameter.empty else parameter.default)
+            keys.setdefault(parameter.name, parameter)
     return rest
 
 

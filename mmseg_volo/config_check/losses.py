@@ -35,6 +35,8 @@ def check_outputs(head: Part) -> Iterator[str]:
         )
     elif outputs == 1 and isinstance(threshold, int | float) and not 0 < threshold < 1:
         yield f'{head.key}.threshold: {threshold} is not between 0 and 1, so every pixel becomes the same class'
+    elif isinstance(threshold, str):
+        yield f'{head.key}.threshold: {threshold!r} is no number between 0 and 1'
 
 
 def check_losses(head: Part, model: Sequence[Part], counts: set[int]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmengine.hooks import EMAHook
 from mmengine.registry import Registry
 from mmseg import registry as registries
 
@@ -48,7 +49,7 @@ class Part:
     @property
     def type_key(self) -> str:
         """The key that holds the type; of some parts it is the whole value."""
-        return self.key if self.key in _TYPES else f'{self.key}.type'
+        return self.key if self.key in _TYPES or self.key.endswith('.ema_type') else f'{self.key}.type'
 
     def get(self, name: str) -> Any:
         """The value of a key, or the constructor's default, or ``NOTHING``."""
@@ -93,6 +94,8 @@ class Parts:
         for name in _NESTED:
             for place, inner in each(cfg.get(name), f'{key}.{name}'):
                 yield from self._model(inner, place)
+        for place, inner in each(cfg.get('init_cfg'), f'{key}.init_cfg'):
+            yield self.part(place, inner, registries.WEIGHT_INITIALIZERS, 'override')
         for name in _LAYERS:
             if isinstance(cfg.get(name), Mapping):
                 yield self.part(f'{key}.{name}', cfg[name], registries.MODELS, ANY)
@@ -181,6 +184,8 @@ class Parts:
         places = [(f'default_hooks.{name}', hook) for name, hook in named if isinstance(hook, Mapping)]
         for key, hook in [*places, *each(config.get('custom_hooks'), 'custom_hooks')]:
             found.append(self.part(key, hook, registries.HOOKS, 'priority'))
+            if found[-1].is_a(EMAHook) and 'ema_type' in hook:
+                found.append(self.part(f'{key}.ema_type', dict(type=hook['ema_type']), registries.MODELS, ANY))
         visualizer = config.get('visualizer')
         if isinstance(visualizer, Mapping):
             found.append(self.part('visualizer', visualizer, registries.VISUALIZERS, default='Visualizer'))

@@ -3,12 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
+from mmengine.optim import _ParamScheduler
+from mmengine.runner import IterBasedTrainLoop
 from mmseg.datasets import BaseSegDataset
 from mmseg.evaluation import IoUMetric
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from ..datasets.loading import loads_labels
 from .classes import class_list
-from .lookup import NOTHING, UNKNOWN, nearest
+from .lookup import NOTHING, UNKNOWN, accepted, nearest
 from .parts import Part
 
 _NEEDED = dict(
@@ -40,6 +44,37 @@ def check_complete(config: Mapping, task: str | None) -> Iterator[str]:
     if task != 'test' and isinstance(loop, Mapping) and ('type' in loop) == ('by_epoch' in loop):
         problem = 'has both type and by_epoch' if 'type' in loop else 'has neither type nor by_epoch'
         yield f"train_cfg: {problem}; set type='IterBasedTrainLoop' or another loop"
+
+
+def check_schedule(config: Mapping, loops: Sequence[Part], schedulers: Sequence[Part]) -> Iterator[str]:
+    """The faults between the training loop, its schedules and its gradient clipping."""
+    for loop in loops:
+        interval = loop.get('val_interval')
+        if isinstance(interval, int) and interval < 1 and config.get('val_cfg') is not None:
+            yield f'{loop.key}.val_interval: {interval} is less than 1; for a run without validation, set val_cfg=None'
+        for one in schedulers if loop.is_a(IterBasedTrainLoop) else ():
+            if one.is_a(_ParamScheduler) and one.get('by_epoch') and not one.cfg.get('convert_to_iter_based'):
+                yield (
+                    f'{one.key}.by_epoch: True (the default), but {loop.key} counts iterations, so the schedule would '
+                    'never step; set by_epoch=False, with begin and end in iterations'
+                )
+    wrapper = config.get('optim_wrapper')
+    clipping = wrapper.get('clip_grad') if isinstance(wrapper, Mapping) else None
+    if isinstance(clipping, Mapping):
+        function = clip_grad_value_ if clipping.get('type') == 'value' else clip_grad_norm_
+        known = {*accepted(function)[0], 'type'} - {'parameters'}
+        for name in clipping:
+            if name not in known:
+                hint = nearest(name, known) or '; remove it'
+                yield f'optim_wrapper.clip_grad.{name}: {function.__name__} has no such argument{hint}'
+
+
+def check_evaluator(config: Mapping, key: str) -> Iterator[str]:
+    """The fault that an evaluator in a list is no dict."""
+    given = config.get(key)
+    for i, one in enumerate(given if isinstance(given, list | tuple) else ()):
+        if isinstance(one, str):
+            yield f'{key}.{i}: {one!r} is no dict; write dict(type={one!r})'
 
 
 def check_measured(datasets: Sequence[Part], metrics: Sequence[Part], transforms: Mapping[str, list]) -> Iterator[str]:
@@ -78,21 +113,20 @@ def check_measured(datasets: Sequence[Part], metrics: Sequence[Part], transforms
             )
 
 
-def check_best(config: Mapping, metrics: Sequence[Part]) -> Iterator[str]:
-    """The fault that checkpoints are compared by a figure that the validation does not have."""
-    hooks = config.get('default_hooks')
-    hook = hooks.get('checkpoint') if isinstance(hooks, Mapping) else None
-    best = hook.get('save_best') if isinstance(hook, Mapping) else None
+def check_best(hooks: Sequence[Part], metrics: Sequence[Part]) -> Iterator[str]:
+    """The fault that a hook compares by a figure that the validation does not have."""
     if not metrics or not all(metric.is_a(IoUMetric) and metric.get('prefix') is None for metric in metrics):
         return
     known = {
         'aAcc',
         *(name for one in metrics for key in _listed(one.get('iou_metrics')) for name in _RESULTS.get(key, ())),
     }
-    for name in _listed(best):
-        if name not in known and name != 'auto' and not name.startswith('val/'):
-            hint = nearest(name, known) or f'; it has {", ".join(sorted(known))}'
-            yield f'default_hooks.checkpoint.save_best: the validation has no {name!r}{hint}'
+    for hook in hooks:
+        option = 'monitor' if hook.is_a(EarlyStoppingHook) else 'save_best' if hook.is_a(CheckpointHook) else ''
+        for name in _listed(hook.cfg.get(option)):
+            if name not in known and (name, option) != ('auto', 'save_best') and not name.startswith('val/'):
+                hint = nearest(name, known) or f'; it has {", ".join(sorted(known))}'
+                yield f'{hook.key}.{option}: the validation has no {name!r}{hint}'
 
 
 def _listed(value: Any) -> list[str]:

@@ -8,9 +8,15 @@ from mmseg.models import EncoderDecoder, SegDataPreProcessor
 from mmseg.models.backbones import MAE, BEiT
 
 from ..models.segmentors import StreamingEncoderDecoder
-from .lookup import NOTHING
+from ..models.windows import PRECISIONS
+from .lookup import NOTHING, nearest
 from .parts import Part
 
+# What StreamingEncoderDecoder reads of its test_cfg.
+_OPTIONS = (
+    *('mode', 'crop_size', 'stride', 'window_batch', 'precision', 'compile', 'cuda_graph', 'channels_last'),
+    *('confidence', 'return_logits', 'allow_mismatch'),
+)
 # Transforms that leave the size of an image as it is.
 _SAME_SIZE = {
     'LoadImageFromFile',
@@ -27,6 +33,20 @@ _SAME_SIZE = {
     'GenerateEdge',
     'PackSegInputs',
 }
+
+
+def check_preprocessor(model: Sequence[Part]) -> Iterator[str]:
+    """The faults that the segmentor has no preprocessor, or that this cannot pad test images."""
+    given = model and model[0].cfg.get('data_preprocessor')
+    if model and model[0].is_a(EncoderDecoder) and not given and model[-1].key != 'data_preprocessor':
+        yield "model.data_preprocessor: not set; set dict(type='SegDataPreProcessor', ...)"
+    for part in model:
+        padding = part.cfg.get('test_cfg') if part.is_a(SegDataPreProcessor) else None
+        if padding and isinstance(padding, dict):
+            given = [name for name in ('size', 'size_divisor') if padding.get(name) is not None]
+            if len(given) != 1:
+                what = 'both' if given else 'neither'
+                yield f'{part.key}.test_cfg: {what} of size and size_divisor set; set one of them to None, and one not'
 
 
 def check_crop(model: Sequence[Part], transforms: Sequence[Part]) -> Iterator[str]:
@@ -115,6 +135,15 @@ def check_windows(segmentor: Part, predicts: bool) -> Iterator[str]:
             yield f"{segmentor.key}.test_cfg: not set, but predictions need it; set test_cfg=dict(mode='whole')"
         return
     key, mode = f'{segmentor.key}.test_cfg', cfg.get('mode', 'whole')
+    if segmentor.is_a(StreamingEncoderDecoder):
+        for name in cfg:
+            if name not in _OPTIONS and (hint := nearest(name, _OPTIONS, 0.75)):
+                yield f'{key}.{name}: nothing reads this key{hint}'
+        if (precision := cfg.get('precision')) is not None and precision not in [*PRECISIONS]:
+            yield f'{key}.precision: {precision!r} is none of {", ".join(PRECISIONS)}'
+        batch = cfg.get('window_batch')
+        if batch is not None and not (isinstance(batch, int) and batch >= 1):
+            yield f'{key}.window_batch: {batch!r} is no whole number from 1 on'
     if mode not in ('slide', 'whole'):
         yield f"{key}.mode: {mode!r} is neither 'slide' nor 'whole'"
     if mode != 'slide':

@@ -1,8 +1,12 @@
 """Load images and labels, with errors that name the file."""
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
 
 import cv2
+import mmcv
+import numpy as np
+from mmcv.image.io import imread_flags, supported_backends
 from mmcv.transforms import LoadAnnotations as AnyLoadAnnotations
 from mmcv.transforms import LoadImageFromFile
 from mmengine import fileio
@@ -11,8 +15,11 @@ from mmseg.registry import TRANSFORMS
 
 from ..errors import DataError
 from ..utils.unwrap import class_of
-from .checks.images import why_unreadable
+from .checks.images import general_reason, why_unreadable
 from .checks.labels import LabelError, decode_label, label_table
+
+# What mmcv knows for the arguments of loaders.
+_KNOWN = dict(color_type=[*imread_flags], imdecode_backend=supported_backends)
 
 
 @TRANSFORMS.register_module()
@@ -79,6 +86,50 @@ class LoadCheckedImage(LoadImageFromFile):
         except OSError as missing:
             return f'the image cannot be read ({missing.strerror or missing}); check the path and the disk'
         return str(why_unreadable(data, self.color_type, self.imdecode_backend, error))
+
+
+def check_loaders(part: object) -> None:
+    """Check that the arguments of the loaders of images and labels let them read files, which no constructor does.
+
+    Args:
+        part: a data set, with wrappers such as ``ConcatDataset``; or transforms.
+
+    Raises:
+        ValueError: a loader can read no file at all.
+    """
+    for loader in _loaders(part):
+        given = {name: getattr(loader, name) for name in _KNOWN if hasattr(loader, name)}
+        flag, backend = given.get('color_type', 'unchanged'), given['imdecode_backend']
+        try:
+            if loader.backend_args:
+                fileio.get_file_backend('image.png', backend_args=loader.backend_args)
+        except Exception as error:  # a storage client may raise anything
+            raise ValueError(f'{type(loader).__name__}: backend_args={loader.backend_args}: {error}') from error
+        kind, options = ('.tif', [cv2.IMWRITE_TIFF_COMPRESSION, 1]) if backend == 'tifffile' else ('.jpg', [])
+        sample = cv2.imencode(kind, np.zeros((8, 8, 3), np.uint8), options)[1].tobytes()
+        try:
+            mmcv.imfrombytes(sample, flag=flag, backend=backend)
+        except Exception as error:  # a decoder may raise anything
+            package = general_reason(sample, backend, error)
+            why = f'{package.reason}; {package.remedy}' if package else f'{type(error).__name__}: {error}'
+            for name, value in given.items():
+                if str(value) not in _KNOWN[name] and (near := difflib.get_close_matches(str(value), _KNOWN[name], 1)):
+                    why = f'{name} must be one of {", ".join(_KNOWN[name])}; did you mean {near[0]!r}?'
+            arguments = ', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)
+            raise ValueError(f'{type(loader).__name__}: no file can be read with {arguments}: {why}') from error
+
+
+def _loaders(part: object) -> Iterator[LoadImageFromFile | LoadAnnotations]:
+    """The loaders in a data set or in transforms that read as those of mmcv, mmseg and this package."""
+    kind = type(part)
+    if getattr(kind, 'transform', None) in (LoadImageFromFile.transform, LoadCheckedImage.transform) or getattr(
+        kind, '_load_seg_map', None
+    ) in (LoadAnnotations._load_seg_map, LoadCheckedAnnotations._load_seg_map):
+        yield part
+    names = 'datasets', 'dataset', 'pipeline', 'transforms', 'subroutines'
+    own = getattr(part, '__dict__', {})
+    for inner in part if isinstance(part, list | tuple) else [own[name] for name in names if name in own]:
+        yield from _loaders(inner)
 
 
 def loads_labels(kind: type | object) -> bool:

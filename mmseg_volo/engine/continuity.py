@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from ..checkpoints.compatibility import dataset_meta_of
 from ..errors import CheckpointError
+from ..utils.unwrap import bare_model
 from .loop import SeededDataset
 
 # Entries of a schedule's state that change while it runs; the config sets the others.
@@ -26,13 +27,14 @@ def note_of(runner: Runner) -> dict:
         precision={name: type(wrapper).__name__ for name, wrapper in wrappers.items()},
         schedules={name: _types(some) for name, some in _lists(runner.param_schedulers).items()},
         data=_data_of(runner.train_dataloader.dataset),
+        inputs=_inputs_of(runner),
     )
 
 
 def check_continuity(runner: Runner, checkpoint: dict, source: str) -> None:
     """Reject a checkpoint whose states do not continue in this run, before any of them is loaded.
 
-    Other images, another precision and other numbers in a schedule are logged as warnings.
+    Other images, labels, means and the like, another precision and other numbers in a schedule give warnings.
 
     Args:
         runner: with its training loop, optimizer and schedules built, else nothing is compared.
@@ -68,6 +70,14 @@ def check_continuity(runner: Runner, checkpoint: dict, source: str) -> None:
             f'RESUME: the checkpoint was trained on {_text(note["data"])}, and this run has {_text(own["data"])}: if '
             'these are other files, it sees other images from here on than an uninterrupted run'
         )
+    before = note.get('inputs')
+    before = before if isinstance(before, dict) else {}
+    for name, value in own['inputs'].items():
+        if before.get(name, value) != value:
+            runner.logger.warning(
+                f'RESUME: the checkpoint was trained with {name}={before[name]}, and this run has {value}: the weights '
+                'have learnt from other labels or inputs'
+            )
     for name, schedules in _lists(runner.param_schedulers).items():
         for schedule, state in zip(schedules, _lists(checkpoint['param_schedulers'])[name], strict=True):
             for key, value in schedule.state_dict().items():
@@ -143,11 +153,27 @@ def _other_classes(dataset: Dataset, checkpoint: dict) -> str | None:
 def _data_of(dataset: Dataset) -> dict:
     """Type, root and number of images of a data set; of several data sets, type and root of the first."""
     dataset = dataset.dataset if isinstance(dataset, SeededDataset) else dataset
-    first = dataset
-    while not hasattr(first, 'data_root') and (hasattr(first, 'dataset') or hasattr(first, 'datasets')):
-        first = first.dataset if hasattr(first, 'dataset') else first.datasets[0]
+    first = _first(dataset)
     root = getattr(first, 'data_root', None)
     return dict(type=type(first).__name__, root=os.path.normpath(root) if root else '', images=len(dataset))
+
+
+def _first(dataset: Dataset) -> Dataset:
+    while not hasattr(dataset, 'data_root') and (hasattr(dataset, 'dataset') or hasattr(dataset, 'datasets')):
+        dataset = dataset.dataset if hasattr(dataset, 'dataset') else dataset.datasets[0]
+    return dataset
+
+
+def _inputs_of(runner: Runner) -> dict:
+    """How labels and images are changed on their way to the model, as far as known."""
+    preprocessor = getattr(bare_model(runner.model), 'data_preprocessor', None)
+    numbers = {name: getattr(preprocessor, name, None) for name in ('mean', 'std')}
+    return dict(
+        {name: [round(x, 4) for x in some.flatten().tolist()] for name, some in numbers.items() if some is not None},
+        reduce_zero_label=getattr(_first(runner.train_dataloader.dataset), 'reduce_zero_label', None),
+        # The attribute's name depends on the version of mmseg.
+        bgr_to_rgb=getattr(preprocessor, '_channel_conversion', getattr(preprocessor, 'channel_conversion', None)),
+    )
 
 
 def _text(data: dict) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from mmengine.dataset import InfiniteSampler
@@ -23,7 +24,7 @@ from mmseg.registry import DATA_SAMPLERS, LOOPS
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..models.segmentors import StreamingEncoderDecoder
 
 _IMAGES, _STEPS = 0, 1  # first part of the seed key: augmentation of an image, or a training step
@@ -82,12 +83,21 @@ class SeededDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        if not isinstance(index, Draw):
-            return self.dataset[index]
-        with _restored_random_state():
-            _set_seed(index.seed)
-            torch.default_generator.manual_seed(index.seed)  # CPU only: the model uses the GPU's generators
-            return self.dataset[int(index)]
+        try:
+            if not isinstance(index, Draw):
+                return self.dataset[index]
+            with _restored_random_state():
+                _set_seed(index.seed)
+                torch.default_generator.manual_seed(index.seed)  # CPU only: the model uses the GPU's generators
+                return self.dataset[int(index)]
+        except cv2.error as error:
+            if not hasattr(self.dataset, 'get_data_info'):
+                raise
+            path = self.dataset.get_data_info(int(index)).get('img_path')
+            raise DataError(
+                f'{path}: the pipeline cannot process this image ({error.err}); a side of a very narrow image may '
+                'shrink to nothing when it is resized: cut the image, or take it out of the data set'
+            ) from error
 
     def __getattr__(self, name: str) -> Any:
         if name == 'dataset':  # not set yet while the object is copied or unpickled

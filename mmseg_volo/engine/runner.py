@@ -318,7 +318,7 @@ class VOLORunner(NamedBuildErrors, Runner):
 
     def _init_model_weights(self) -> None:
         if not self._resume:
-            with whole_parameters(self.model):
+            with self._named('model'), whole_parameters(self.model):
                 super()._init_model_weights()
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.optim import _ParamScheduler
 from mmengine.runner import Runner
 
-from ..checkpoints.reading import read_meta
+from ..checkpoints.reading import is_readable, read_meta
 from ..checkpoints.writing import finish, save_error, write
 from ..errors import CheckpointError
 from ..utils.unwrap import bare_model
@@ -21,7 +21,7 @@ from ..version import __version__
 from .continuity import note_of
 from .sharding import VOLOFullyShardedDataParallel, full_state
 
-_CONFIG_TEXTS: WeakKeyDictionary[Runner, str] = WeakKeyDictionary()
+_NOTES: WeakKeyDictionary[Runner, dict] = WeakKeyDictionary()
 
 
 def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_scheduler: bool = True) -> dict | None:
@@ -36,7 +36,7 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
         The checkpoint on rank 0, None on the other ranks.
     """
     meta.update(
-        cfg=_config_text(runner),
+        **_notes_of(runner),
         seed=runner.seed,
         experiment_name=runner.experiment_name,
         time=time.strftime('%Y%m%d_%H%M%S', time.localtime()),
@@ -46,8 +46,6 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
         mmengine_version=mmengine.__version__,
         run=note_of(runner),
     )
-    if hasattr(runner.train_dataloader.dataset, 'metainfo'):
-        meta['dataset_meta'] = runner.train_dataloader.dataset.metainfo
     wrapper = runner.optim_wrapper if save_optimizer else None
     if isinstance(runner.model, VOLOFullyShardedDataParallel):
         weights, state = full_state(runner.model, wrapper)
@@ -55,7 +53,10 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
         weights, state = bare_model(runner.model).state_dict(), wrapper and wrapper.state_dict()
     if not is_main_process():
         return None
-    checkpoint = dict(meta=meta, state_dict=weights, message_hub=runner.message_hub.state_dict())
+    hub = runner.message_hub.state_dict()
+    if 'dataset_meta' in hub['runtime_info']:  # mmengine's RuntimeInfoHook notes it once more
+        hub['runtime_info']['dataset_meta'] = meta.get('dataset_meta')
+    checkpoint = dict(meta=meta, state_dict=weights, message_hub=hub)
     if save_optimizer:
         checkpoint['optimizer'] = state
     if save_param_scheduler and runner.param_schedulers is not None:
@@ -74,11 +75,27 @@ def _state_of(schedule: _ParamScheduler) -> dict:
     return {key: value for key, value in schedule.state_dict().items() if not callable(value)}
 
 
-def _config_text(runner: Runner) -> str:
-    """Format the config once per run, because that takes longer than writing a small checkpoint."""
-    if runner not in _CONFIG_TEXTS:
-        _CONFIG_TEXTS[runner] = runner.cfg.pretty_text
-    return _CONFIG_TEXTS[runner]
+def _notes_of(runner: Runner) -> dict:
+    """The config and the data set's notes, made once per run: that takes longer than writing a small checkpoint."""
+    if runner not in _NOTES:
+        _NOTES[runner] = dict(cfg=runner.cfg.pretty_text)
+        metainfo = getattr(runner.train_dataloader.dataset, 'metainfo', None)
+        if isinstance(metainfo, Mapping):
+            _NOTES[runner]['dataset_meta'] = readable_part(metainfo)
+    return _NOTES[runner]
+
+
+def readable_part(metainfo: Mapping) -> dict:
+    """The entries of a data set's ``metainfo`` that a checkpoint can hold; the others are named in a warning."""
+    out = {key: value for key, value in metainfo.items() if is_readable(value)}
+    for key in metainfo.keys() - out.keys():
+        print_log(
+            f'train_dataloader.dataset.metainfo.{key} is left out of checkpoints: they hold text, numbers, lists and '
+            'dicts only',
+            'current',
+            logging.WARNING,
+        )
+    return out
 
 
 class Writer:

@@ -162,4 +162,4 @@ def _metrics(config: Config) -> list[Mapping]:
     found = config.get('test_evaluator') or []
     if isinstance(found, Mapping):
         found = found.get('metrics', found)
-    return [found] if isinstance(found, Mapping) else list(found)
+    return [found] if isinstance(found, Mapping) else [one for one in found if isinstance(one, Mapping)]

@@ -73,10 +73,12 @@ def sample_images(config: Config, sources: Sequence[str], count: int = 4) -> tup
         paths = list(find_images(sources))[:count]
     else:
         try:
-            dataset = DATASETS.build(dict(bare_dataset(config.test_dataloader.dataset), pipeline=[]))
+            dataset = DATASETS.build(
+                dict(bare_dataset((config.get('test_dataloader') or {}).get('dataset')), pipeline=[])
+            )
             indices = np.linspace(0, len(dataset) - 1, count).astype(int)
             paths = [Path(dataset.get_data_info(int(i))['img_path']) for i in indices]
-        except (OSError, ValueError, IndexError):
+        except (OSError, ValueError, IndexError, KeyError):  # KeyError: without a type
             rng = np.random.default_rng(0)
             # From large smooth patches (4 x 8 of them in the first image) to small ones.
             patches = [rng.integers(0, 256, (4 << i, 8 << i, 3), np.uint8) for i in range(count)]

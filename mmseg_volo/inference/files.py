@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from tqdm import tqdm
 
+from ..config_check.building import source_of
+from ..errors import ConfigError
 from ..utils.ahead import ahead
 from ..utils.files import atomic_write, part_of
 from ..utils.signals import Stopped, StopSignals
@@ -103,7 +105,8 @@ def predict_files(
 
     Raises:
         FileNotFoundError, FileExistsError: see :func:`find_sources`; or a result would replace a source.
-        ConfigError: ``resume`` finds results of another recipe or other options.
+        ConfigError: ``resume`` finds results of another recipe or other options; or the config or the options let no
+            image be predicted.
         OutputError: the disk is full or broken.
         Stopped: by SIGINT or SIGTERM; all results so far are complete.
     """
@@ -237,6 +240,8 @@ class _Run:
                 tqdm.write(f'{path}: {note}', file=sys.stderr)
         except Exception as error:
             reason = _reason(error)
+            if not self._done:
+                _ConfigCheck(predictor)(error)
         self._note(path, [str(file)], reason)
 
     def _note(self, path: Path, files: list[str], reason: str | None) -> None:
@@ -264,6 +269,7 @@ def _predict_images(
     """
     with contextlib.closing(ahead(_load(predictor, tasks))) as images, ThreadPoolExecutor(1) as writer:
         writing: Future | None = None
+        check_config, works = _ConfigCheck(predictor), False
         try:
             for target, loaded in images:
                 stop.check()
@@ -272,9 +278,12 @@ def _predict_images(
                         raise loaded
                     image, data = loaded
                     prediction = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
+                    works = True
                     job = partial(_save_or_fail, predictor, outputs, target, image, prediction)
                 except Exception as error:
                     job = partial(_failure, _reason(error))
+                    if not works:
+                        check_config(error)
                 if writing is not None:
                     yield writing.result()
                 writing = writer.submit(job)
@@ -284,6 +293,36 @@ def _predict_images(
             raise
         if writing is not None:
             yield writing.result()
+
+
+class _ConfigCheck:
+    """Raise ConfigError if a plain image fails as a file did: the config or the options are at fault, not the file."""
+
+    def __init__(self, predictor: Predictor):
+        self._predictor = predictor
+
+    def __call__(self, error: Exception) -> None:
+        if self._plain and self._cause(error) == self._cause(self._plain):
+            kind, reason = self._cause(error)
+            why = f'{kind.__name__}: {reason}'
+            if reason == "'inputs'":
+                why = 'the pipeline packs no inputs; its last transform must be PackSegInputs'
+            source = source_of(self._predictor.config)
+            raise ConfigError(f'{source}no image can be predicted, not even a plain one of 64 x 64 pixels: {why}')
+
+    @cached_property
+    def _plain(self) -> Exception | None:
+        try:
+            self._predictor(np.zeros((64, 64, self._predictor.channels), np.uint8))
+        except Exception as error:
+            return error.with_traceback(None)
+        return None
+
+    @staticmethod
+    def _cause(error: BaseException) -> tuple[type, str]:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        return type(error), ' '.join(str(error).split())
 
 
 def _failure(reason: str) -> tuple[list[str], str]:

@@ -59,7 +59,7 @@ class Manifest:
         first, *lines = self._path.read_text(encoding='utf-8', errors='replace').split('\n')
         try:
             before = dict(json.loads(first))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f'{self._path} is no record of predictions; leave out --resume to predict everything again'
             ) from error
@@ -73,7 +73,7 @@ class Manifest:
                 'the same options as then, or leave out --resume to predict everything again'
             )
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # the last line may be cut off
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # the last line may be cut off
                 entry = json.loads(line)
                 self._done[entry['source']] = entry
 

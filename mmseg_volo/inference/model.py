@@ -104,7 +104,7 @@ def dataset_meta(config: Config) -> dict:
     kind = class_of(dataset, DATASETS)
     default = dict(getattr(kind, 'METAINFO', {}))
     given = dataset.get('metainfo') or {}
-    given = {key: value for key, value in given.items() if not isinstance(value, str)}  # a string is a file name
+    given = {key: value for key, value in given.items() if not isinstance(value, str | None)}  # a string is a file name
     meta = {**default, **given}
     if 'classes' in given and 'palette' not in given:  # a part of the default classes
         colours = dict(zip(default.get('classes', ()), default.get('palette', ()), strict=False))

@@ -9,6 +9,7 @@ from mmengine.device import get_device
 from mmseg.models import SegTTAModel
 from mmseg.registry import MODELS
 
+from ..config_check import check_tta_pipeline
 from ..errors import ConfigError
 from ..models.onnx import SETTLED
 from ..models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
@@ -83,11 +84,13 @@ def check_tta(config: Config) -> None:
     """Check that a config has test-time augmentation, and that the model's own data preprocessor prepares the views.
 
     Raises:
-        ConfigError: ``tta_pipeline`` or ``tta_model`` is missing; ``tta_model`` has another data preprocessor; or it is
-            mmseg's SegTTAModel, and the model has one output channel, of which every pixel would be foreground.
+        ConfigError: ``tta_pipeline`` or ``tta_model`` is missing; ``tta_pipeline`` has a fault; ``tta_model`` has
+            another data preprocessor; or it is mmseg's SegTTAModel, and the model has one output channel, of which
+            every pixel would be foreground.
     """
-    if not config.get('tta_pipeline') or not config.get('tta_model'):
+    if not config.get('tta_pipeline') or not isinstance(config.get('tta_model'), dict):
         raise ConfigError('--aug-test needs tta_pipeline and tta_model in the config; see configs/_base_')
+    check_tta_pipeline(config)
     given = config.tta_model.get('data_preprocessor')
     if given is not None and given != model_preprocessor(config):
         raise ConfigError(

@@ -16,7 +16,7 @@ from mmseg.datasets.transforms import LoadImageFromNDArray
 from PIL import UnidentifiedImageError
 
 from ..datasets.checks.headers import read_header
-from ..datasets.loading import LoadCheckedImage, without_labels
+from ..datasets.loading import LoadCheckedImage, check_loaders, without_labels
 from ..errors import ConfigError
 from .images import as_bgr, check_complete, for_display, read_image, why_unreadable
 
@@ -51,6 +51,7 @@ class Pipeline:
 
     Raises:
         ConfigError: a package that the loader needs is not installed.
+        ValueError: the loader's arguments let it read no file.
     """
 
     def __init__(self, steps: Sequence, takes_bgr: bool):
@@ -62,6 +63,7 @@ class Pipeline:
         first = next((i for i, name in enumerate(names) if name.startswith('Load')), 0)
         self._loader, self._loaded = self._transforms[first], first + 1
         self._kind = self._kind_of(self._loader, takes_bgr)
+        check_loaders(self._loader)
 
     def _kind_of(self, loader: object, takes_bgr: bool) -> str:
         """'colour' or 'grey' (8 bits), 'as stored', or 'own': what a file of colours would become is not known."""
@@ -73,6 +75,8 @@ class Pipeline:
         if backend == 'tifffile':
             if importlib.util.find_spec('tifffile') is None:
                 raise ConfigError("imdecode_backend='tifffile' in the config needs a package: pip install tifffile")
+            return f'own, {default}'
+        if not isinstance(loader.color_type, str):  # a number of OpenCV
             return f'own, {default}'
         if loader.color_type == 'unchanged':
             return default

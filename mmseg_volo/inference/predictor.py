@@ -1,7 +1,8 @@
 """Predict the class ids of images with mmseg's model, pipeline and test-time augmentation."""
 
 import copy
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from mmseg.registry import MODELS
 from torch import nn
 
 from ..config_check import building
+from ..config_check.lookup import nearest
 from ..errors import ConfigError
 from ..models.inputs import expected_by
 from ..models.onnx import is_onnx, with_onnx
@@ -49,17 +51,19 @@ class Predictor:
     Raises:
         CheckpointError, FileNotFoundError: see :mod:`mmseg_volo.checkpoints.reading`.
         ConfigError: the config does not support ``aug_test`` or one of the options.
+        TypeError: there is no such option.
     """
 
     def __init__(
         self,
-        config: str | Config,
-        checkpoint: str,
+        config: str | PathLike | Config,
+        checkpoint: str | PathLike,
         device: str | None = None,
         aug_test: bool = False,
         **options: str | bool | int | None,
     ):
-        config = Config.fromfile(config) if isinstance(config, str) else copy.deepcopy(config)
+        config = Config.fromfile(config) if isinstance(config, str | PathLike) else copy.deepcopy(config)
+        _check_options(options)
         if is_onnx(checkpoint):
             config, checkpoint = with_onnx(config, checkpoint, device or get_device())[0], None
         self.config = copy.deepcopy(config)
@@ -97,6 +101,7 @@ class Predictor:
             ConfigError: see the class.
         """
         config = copy.deepcopy(self.config)
+        _check_options(options)
         set_inference_options(config, aug_test, **options)
         other = copy.copy(self)
         other._use(config, aug_test)
@@ -164,6 +169,14 @@ class Predictor:
         sample = self.model.test_step(data)[0]
         confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
         return Prediction(_to_numpy(sample.pred_sem_seg.data[0], self._segmentor.out_channels), confidence)
+
+
+def _check_options(options: Mapping) -> None:
+    """Raise TypeError, as Python does, for an option that a predictor does not have."""
+    known = set(inspect.signature(set_inference_options).parameters) - {'config', 'aug_test'}
+    for name in options:
+        if name not in known:
+            raise TypeError(f'Predictor has no option {name!r}{nearest(name, known) or f"; it has {sorted(known)}"}')
 
 
 def _to_numpy(classes: torch.Tensor, count: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def entries_of(
         if label == IGNORE and len(palette) <= IGNORE:
             entries.append(('ignored', (0, 0, 0)))
         else:
-            name = classes[label].strip() if classes is not None else ''
+            name = str(classes[label]).strip() if classes is not None else ''
             known = name and name.isprintable() and _font_for(name)
             entries.append((name if known else f'class {label}', palette[label]))
     return entries

@@ -8,7 +8,8 @@ the Outlooker stage has no stochastic depth.
 Shapes: B batch, H x W grid, C channels, M heads, D = C/M, k window, K = k*k, h x w window grid after the stride.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -421,8 +422,12 @@ def _arch_numbers(arch: str | dict) -> dict:
 
 
 def _checked_indices(out_indices: Sequence[int] | int, stages: int, first: int) -> tuple[int, ...]:
-    given = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
-    indices = [index + stages if index < 0 else index for index in given]
+    given = out_indices if isinstance(out_indices, Iterable) else [out_indices]
+    try:
+        indices = [operator.index(None if isinstance(index, bool) else index) for index in given]
+    except TypeError as error:
+        raise ValueError(f'out_indices must be integers; got {out_indices!r}') from error
+    indices = [index + stages if index < 0 else index for index in indices]
     if not indices or indices != sorted(set(indices)) or indices[0] < first or indices[-1] >= stages:
         raise ValueError(
             f'out_indices must be ascending, without repeats, within {first}..{stages - 1}; got {out_indices}'

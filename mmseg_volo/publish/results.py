@@ -17,6 +17,8 @@ from ..evaluation import FOLDER, iou_of
 from .shareable_config import data_folder, is_place, last_part
 
 _TIMESTAMP = re.compile(r'_(\d{8}_\d{6})$')
+# What a record raises that cannot be read, or that holds other values than the tools write.
+_DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError
 _NAMES = {'ADE20KDataset': 'ADE20K', 'CamVidDataset': 'CamVid', 'StreetSceneDataset': 'drawn street scenes'}
 # Data set options that say where the data is, or that the weights do not depend on.
 _NOT_SHOWN = {'data_root', 'metainfo', 'pipeline', 'confidence', 'return_logits', 'allow_mismatch', 'backend_args'}
@@ -88,7 +90,7 @@ def find_results(
                 rank = record['kind'] == 'test', _seconds(record)
                 if key not in found or rank >= found[key][0]:
                     found[key] = rank, one
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
+        except (CheckpointError, *_DAMAGED) as error:
             reason = f'no record that can be read ({error})'
         if reason:
             skipped.append(f'{path}: {reason}')

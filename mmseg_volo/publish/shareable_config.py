@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from mmengine.config import Config
 
-from ..checkpoints.config_gate import checked_config
+from ..checkpoints.config_gate import checked_config, config_text
 from ..checkpoints.config_text import literals, strings
 from ..errors import ConfigError
 from ..utils.config import load_config
@@ -137,15 +137,17 @@ def as_text(config: dict) -> str:
     """A config as text in mmengine's layout.
 
     Raises:
-        ConfigError: mmengine would not read it as the same data, as with numbers that are not finite.
+        ConfigError: mmengine would not read it as the same data, as with nan.
     """
     text = Config(config).pretty_text
+    if re.search(r'\binf\b', text):  # mmengine writes inf as a name, which it cannot read
+        text = config_text(config)
     try:
         same = literals(text) == config and '{{' not in text  # mmengine would replace {{...}}
     except (SyntaxError, ValueError):
         same = False
     if not same:
-        raise ConfigError('the config cannot be written as plain data; look for inf and nan, and for {{, in it')
+        raise ConfigError('the config cannot be written as plain data; look for nan and for {{ in it')
     return text
 
 

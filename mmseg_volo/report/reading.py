@@ -16,6 +16,8 @@ from ..checkpoints.config_text import literals
 from ..errors import ConfigError
 from ..evaluation import FOLDER, iou_of
 
+# What a file of JSON raises that is cut off, nested without end, or has numbers that are none or too large.
+_DAMAGED = ValueError, TypeError, OverflowError, RecursionError
 _STAMP = re.compile(r'\d{8}_\d{6}')
 _LIMIT = 2**26  # bytes of a text file that are read
 _RESUMED = re.compile(r'resumed epoch: \d+, iter: (\d+)')
@@ -35,7 +37,7 @@ class Evaluation:
         palette: RGB (C, 3), uint8: that of the data set, else evenly spaced hues.
 
     Raises:
-        KeyError, TypeError, ValueError: the record is damaged.
+        KeyError, TypeError, ValueError, OverflowError: the record is damaged.
     """
 
     path: Path
@@ -57,19 +59,19 @@ class Evaluation:
             hues = np.stack((steps / count, np.full(count, 0.75), 0.55 + 0.45 * (steps % 2)), axis=1)
             palette = np.rint(255 * hsv_to_rgb(hues))
         self.palette = np.clip(palette, 0, 255).astype(np.uint8)
-        self.metrics = {str(k): v for k, v in self._dict('metrics').items() if isinstance(v, (int, float))}
+        self.metrics = {str(k): float(v) for k, v in self._dict('metrics').items() if isinstance(v, (int, float))}
         self.dataset, self.environment = self._dict('dataset'), self._dict('environment')
         self.kind = str(self.record['kind'])
         iteration = self.record.get('iteration')
         self.iteration: int | None = iteration if isinstance(iteration, int) else None
         seconds = self.record.get('seconds_per_picture')
-        self.seconds = seconds if isinstance(seconds, (int, float)) and seconds > 0 else None
+        self.seconds = float(seconds) if isinstance(seconds, (int, float)) and seconds > 0 else None
         self.calibration = self._dict('calibration')
         if self.calibration:
             float(self.calibration['ece'])
             for one in self.calibration['bins']:
                 if one['pixels']:
-                    for key in ('low', 'high', 'confidence', 'accuracy'):
+                    for key in ('pixels', 'low', 'high', 'confidence', 'accuracy'):
                         float(one[key])
         self.aug_test = bool(self.record.get('aug_test'))
         self.date = str(self.record.get('date', ''))
@@ -185,7 +187,7 @@ def _read_stamp(run: Run, stamp: Path) -> None:
     elif val:
         run.tested[stamp.name] = val[max(val)]
     if not (train or val):
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             tested = json.loads(_text(stamp / f'{stamp.name}.json'))
             if isinstance(tested, dict):
                 run.tested[stamp.name] = tested
@@ -193,7 +195,7 @@ def _read_stamp(run: Run, stamp: Path) -> None:
         try:
             run.evaluations.append(Evaluation(path, json.loads(path.read_text(encoding='utf-8'))))
             run.tested.pop(stamp.name, None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (*_DAMAGED, OSError, KeyError, AttributeError) as error:
             run.notes.append(f'{path.relative_to(run.folder)} is ignored: no evaluation record ({error}).')
     if log and (train or not run.train):
         run.environment = {name: value.strip() for name, value in _ENVIRONMENT.findall(log[:100_000])}
@@ -224,19 +226,24 @@ def _scalars(run: Run, stamp: Path) -> tuple[dict[int, dict], dict[int, dict]]:
     """Return the training and the validation rows of scalars.json by iteration."""
     train: dict[int, dict] = {}
     val: dict[int, dict] = {}
+    epochs: dict[int, int] = {}
     broken = 0
     lines = _text(stamp / 'vis_data/scalars.json').splitlines()
     for i, line in enumerate(lines):
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError:
-            row, broken = None, broken + (i + 1 < len(lines))  # a running training may have cut the last line
-        if isinstance(row, dict) and isinstance(row.get('step'), int):
-            is_train = 'iter' in row or 'lr' in row or 'base_lr' in row
-            (train if is_train else val)[row['step']] = row
+            if isinstance(row, dict) and isinstance(row.get('step'), int):
+                for value in row.values():
+                    if isinstance(value, int):
+                        float(value)  # too large a number raises here
+                is_train = 'iter' in row or 'lr' in row or 'base_lr' in row
+                if is_train and isinstance(row.get('epoch'), (int, float)):
+                    epochs[int(row['epoch'])] = row['step']
+                (train if is_train else val)[row['step']] = row
+        except _DAMAGED:
+            broken += i + 1 < len(lines)  # a running training may have cut the last line
     if broken:
         run.notes.append(f'{stamp.name}/vis_data/scalars.json: {broken} broken lines are ignored.')
-    epochs = {int(row['epoch']): row['step'] for row in train.values() if isinstance(row.get('epoch'), (int, float))}
     if epochs and val and max(val) <= max(epochs) < max(train):  # the validations were logged by epoch
         val = {epochs.get(epoch, epoch): row for epoch, row in val.items()}
     return train, val

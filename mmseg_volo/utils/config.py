@@ -53,7 +53,7 @@ def load_config(path: str, options: dict | None = None, work_dir: str | None = N
         config = Config.fromfile(path)
     except OSError:
         raise
-    except Exception as error:  # the file is Python code, which may raise anything
+    except (Exception, SystemExit) as error:  # the file is Python code, which may raise anything
         reason = ' '.join(str(error).split()) or 'no reason given'
         raise ConfigError(f'{path}: cannot be read ({type(error).__name__}: {reason})') from error
     if options:

@@ -30,5 +30,5 @@ def bare_dataset(config: Mapping | None) -> Mapping:
 
 def class_of(config: Mapping | None, registry: Registry) -> type | None:
     """The class that the ``type`` of a config names or is; None if there is none."""
-    kind = (config or {}).get('type')
+    kind = config.get('type') if isinstance(config, Mapping) else None
     return registry.get(kind) if isinstance(kind, str) else kind

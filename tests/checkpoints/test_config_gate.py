@@ -147,15 +147,25 @@ def test_texts_that_run_code_are_refused(canary):
         ("model = dict(ema_type='antigravity')", 'would be imported as a module'),
         ("model = dict(decode_backend='pickle')", 'would unpickle files'),
         ("train_dataloader = dict(dataset=dict(classes='a/b.pkl'))", r'dataset\.classes.*would be unpickled'),
-        ("model = dict(a='{{$HOME:1}}')", 'has braces'),
+        ("model = dict(a='{{$HOME:1}}')", 'has double braces'),
         ("model = dict({'{{$HOME:1}}': 1})", 'model has the key'),
         ("model = dict(_scope_='json')", r"model\._scope_='json' is none of mmseg, mmengine, mmcv"),
         ('model = dict(_delete_=True)', 'would change how mmengine reads'),
         ('_base_ = []', '_base_ would change how mmengine reads'),
         ("custom_imports = dict(imports=['json'])", r"custom_imports=\['json'\] imports code"),
         ("test_dataloader = dict(dataset=dict(metainfo=dict(type='json')))", r"metainfo\.type='json' is no type"),
-        ('model = dict(a=1e999)', r'model\.a is not finite'),
-        ('model = dict(a=0x' + 'f' * 9000 + ')', r'model\.a is larger than any integer'),
+        ("model = dict(type='json.JSONDecoder')", 'is no type of'),
+        ("model = dict(type='mmengine.EncoderDecoder')", 'is no type of'),
+        ("model = dict(type='mmseg_volo.models.volo.VOLO.forward')", 'is no type of'),
+        ('float = str', 'more than plain data'),
+        ('float = 1', 'float would change how'),
+        ('model = dict(a=0x' + 'f' * 9000 + ')', 'line 1 holds an integer of more than 64 bits'),
+        ('model = {0x' + 'f' * 9000 + ': 1}', 'line 1 holds an integer of more than 64 bits'),
+        ('model = {(1, 0x' + 'f' * 9000 + '): 1}', 'line 1 holds an integer of more than 64 bits'),
+        ('model = range(10**9)', 'more than plain data'),
+        ('model = range(1000000000000)', 'more than plain data'),
+        ("model = float('1')", 'more than plain data'),
+        ('model = -range(3)', 'more than plain data'),
         ('model = ' + '[' * 60 + ']' * 60, 'nested more than 40 levels'),
         ('model = ' + '[' * 5000 + ']' * 5000, 'more than plain data'),
         ('x = 1\n' * 100_000, 'has 600,000 characters'),
@@ -196,6 +206,34 @@ work_dir = './work_dirs/x'
     assert passed['visualizer']['vis_backends'] == [dict(type='LocalVisBackend')]
     assert passed['default_hooks']['checkpoint'] == dict(type='CheckpointHook', save_best='val/mIoU')
     assert 'server' not in passed and passed['test_evaluator'] == [dict(type='CityscapesMetric')]
+
+
+def test_what_mmengine_writes_of_a_working_config_is_kept(tmp_path):
+    given = Config.fromfile(CONFIGS[0])
+    given._p, given.span, given.model.decode_head.in_index = given.test_dataloader, range(3), range(4)
+    given.optim_wrapper.clip_grad = dict(max_norm=float('inf'), least=-float('inf'))
+    given.model.type, given.optim_wrapper.optimizer.type = 'mmseg.EncoderDecoder', 'torch.optim.AdamW'
+    given.model.backbone.type, given.default_hooks.timer.type = 'mmseg_volo.models.volo.VOLO', 'mmengine.IterTimerHook'
+    given.test_dataloader.dataset.metainfo = dict(classes=['gr{o}und', '{}', '}{'])
+    passed = checked_config(as_repr(given.to_dict()))
+    assert (
+        '_p' not in passed
+        and passed['span'] == [0, 1, 2]
+        and passed['model']['decode_head']['in_index'] == [0, 1, 2, 3]
+    )
+    read = Config.fromstring(config_text(passed), '.py')
+    assert read.to_dict() == passed == checked_config(config_text(passed))
+    for key in ('optim_wrapper', 'test_dataloader', 'default_hooks'):
+        assert passed[key] == checked_config(config_text({key: given.to_dict()[key]}))[key]
+    assert passed['optim_wrapper']['clip_grad'] == dict(max_norm=float('inf'), least=-float('inf'))
+    assert type(MODELS.build(read.model)).__name__ == 'EncoderDecoder'
+
+
+@pytest.mark.parametrize('kind', ['TIMMBackbone', 'mmseg.TIMMBackbone', 'mmseg.models.backbones.TIMMBackbone'])
+def test_a_backbone_of_timm_reads_no_files_and_downloads_none(kind, monkeypatch):
+    backbone = dict(type=kind, model_name='resnet18', checkpoint_path='sub/evil')
+    passed = checked_config(as_repr(dict(model=dict(backbone=backbone))))['model']['backbone']
+    assert passed == dict(type=kind, model_name='resnet18', pretrained=False)
 
 
 def build_all(text: str) -> None:

@@ -310,3 +310,96 @@ def test_log_histories(tmp_path, monkeypatch):
         assert fresh.get_scalar('loss').data[0].tolist() == [1, 2.5, 3, 4, 5]
         torch.save(read, tmp_path / 'again.pth')
         assert load_from_local(str(tmp_path / 'again.pth'))['buffers']['numbers'].current() == 1
+
+
+def numpy_dtype(name: str, *state: object) -> object:
+    """Pickled as the data type ``name`` of NumPy with any state."""
+    return Pickled(np.dtype, (name, False, True), state)
+
+
+class Pickled:
+    """Is pickled as a call and a state."""
+
+    def __init__(self, *how: object):
+        self.how = how
+
+    def __reduce__(self) -> tuple:
+        return self.how
+
+
+def crafted_arrays() -> dict[str, object]:
+    """Arrays and numbers with which NumPy would read outside of their bytes."""
+    f8, multiarray = np.dtype('f8'), np._core.multiarray if hasattr(np, '_core') else np.core.multiarray
+    states = {
+        'negative size': ('U1', 3, '<', None, None, None, -(2**31), 4, 8),
+        'other size': ('U1', 3, '<', None, None, None, 8, 4, 8),
+        'pointer': ('f8', 3, '<', None, None, None, -1, -1, 4),
+        'all flags': ('f8', 3, '<', None, None, None, -1, -1, 63),
+        'true is one': ('f8', 3, '<', None, None, None, -1, -1, False),
+        'parts': ('f8', 3, '<', (f8, (100, 100)), None, None, 8, 8, 0),
+        'fields': ('U1', 3, '<', None, ('a',), {'a': (f8, 10**9)}, 4, 4, 8),
+        'notes': ('f8', 4, '<', None, None, None, -1, -1, 0, {}),
+        'short': ('f8', 3),
+        'array': ('f8', 3, np.ones(3), None, None, None, -1, -1, 0),
+    }
+    out = {}
+    for name, (kind, *state) in states.items():
+        dtype = numpy_dtype(kind, *state)
+        out[f'{name}, number'] = Pickled(multiarray.scalar, (dtype, b'A\0\0\0' * 2))
+        out[f'{name}, array'] = Pickled(
+            multiarray._reconstruct, (np.ndarray, (0,), b'b'), (1, (4,), dtype, False, b'A\0\0\0' * 8)
+        )
+        out[f'{name}, buffer'] = Pickled(np.ndarray, ((10**5,), dtype, bytearray(32)))
+
+    def array(*state: object, begin: tuple = (np.ndarray, (0,), b'b')) -> Pickled:
+        return Pickled(multiarray._reconstruct, begin, state)
+
+    return {
+        **out,
+        'large': array(1, (2**40,), f8, False, bytes(32)),
+        'negative': array(1, (-4, -1), f8, False, bytes(32)),
+        'objects': array(1, (1,), np.dtype('O'), False, [1]),
+        'no characters': array(1, (1,), np.dtype('U1'), False, b'\xff' * 4),
+        'few bytes': array(1, (4,), f8, False, b'abc'),
+        'of a text': array(1, (4,), 'f8', False, bytes(32)),
+        'of a list': array(begin=(list, (0,), b'b')),
+        'records': Pickled(np.dtype, ([('a', 'O')],)),
+        'many': Pickled(np.dtype, ('(100000,100000)f8',)),
+        'empty texts': array(1, (10**9,), Pickled(np.dtype, ('U0', False, True)), False, b''),
+        'uninitialized': Pickled(np.ndarray, ((1000,),)),
+        'short number': Pickled(multiarray.scalar, (f8, b'abc')),
+    }
+
+
+@pytest.mark.parametrize('name', crafted_arrays())
+def test_arrays_that_reach_outside_of_their_bytes(name, tmp_path):
+    torch.save(dict(a=crafted_arrays()[name]), tmp_path / 'x.pth')
+    with pytest.raises(CheckpointError, match=r'x\.pth: (refused, because it holds|the file is cut off)'):
+        load_from_local(str(tmp_path / 'x.pth'))
+
+
+def test_arrays_come_back_as_numpy_wrote_them(tmp_path):
+    kinds = ('?', 'i1', 'i8', 'u2', 'f2', '>f4', 'f8', 'c8', 'U3', '>U2')
+    values = [np.array([[0, 1], [1, 0], [0, 0]]).astype(kind) for kind in kinds]
+    values += [np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.array(3), np.zeros((0, 4))]
+    values += [value.ravel()[0] for value in values if value.size]
+    torch.save(values, tmp_path / 'x.pth')
+    expected = torch.load(tmp_path / 'x.pth', weights_only=False)
+    for _ in range(2):
+        read = load_from_local(str(tmp_path / 'x.pth'))
+        for found, value in zip(read, expected, strict=True):
+            assert found.dtype == value.dtype and found.shape == value.shape and np.all(found == value)
+            assert isinstance(found, type(value)) and found.flags.fnc == value.flags.fnc
+        torch.save(read, tmp_path / 'x.pth')  # as a run that resumes writes them again
+    assert torch.load(tmp_path / 'x.pth', weights_only=False)[0].__class__ is np.ndarray
+
+
+@pytest.mark.parametrize(
+    'palette', ['red', [1, 2, 3], [(1, 2, 3, 4)], [(300, 0, 0)], [(-1, 0, 0)], ['#ff0000'], dict(a=(1, 2, 3)), [None]]
+)
+def test_class_names_and_colours_that_are_none_are_left_out(palette, tmp_path):
+    meta = dict(CLASSES=('a', None), PALETTE=palette, dataset_meta=dict(classes=[1, 'b'], palette=palette))
+    torch.save(dict(state_dict={'w': torch.ones(1)}, meta=meta), tmp_path / 'x.pth')
+    assert as_checkpoint(load_from_local(str(tmp_path / 'x.pth')))['meta'] == dict(
+        dataset_meta=dict(classes=['1', 'b'])
+    )

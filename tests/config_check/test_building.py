@@ -62,6 +62,17 @@ def test_training(tmp_path):
         build_runner(config, 'train').train()
 
 
+def test_hooks_and_weights_before_training(tmp_path):
+    hook = dict(type='EMAHook', momentum=2)
+    runner = build_runner(small_config(tmp_path, custom_hooks=[hook], model__backbone__init_cfg=['x.pth']), 'train')
+    with runner._run(), pytest.raises(ConfigError, match=r'small\.py: default_hooks or custom_hooks: momentum must be'):
+        runner.call_hook('before_run')
+    with runner._run(), pytest.raises(ConfigError, match=r'small\.py: model: .* \(TypeError\)$'):
+        runner._init_model_weights()
+    with pytest.raises(AssertionError, match='momentum must be'):
+        runner.call_hook('before_run')
+
+
 @pytest.mark.slow
 def test_a_bug_in_training_keeps_its_error(tmp_path):
     config = small_config(tmp_path, custom_hooks=[dict(type='FaultyHook')])
@@ -87,7 +98,12 @@ def test_pipelines_and_augmentation_for_prediction(tmp_path):
     wrong.test_dataloader.dataset.pipeline[1].type = 'Rezise'
     with pytest.raises(ConfigError, match=r'small\.py: test_dataloader\.dataset\.pipeline.*: .*Rezise'):
         Predictor(wrong, str(path), 'cpu')
+    wrong.test_dataloader.dataset.pipeline[1].type = 'Resize'
     with pytest.raises(ConfigError, match=r'small\.py: tta_model: .*NoTTA'):
+        Predictor(wrong, str(path), 'cpu', aug_test=True)
+    wrong = small_config(tmp_path)
+    wrong.tta_pipeline[1].transforms[0][0].keep_ration = True
+    with pytest.raises(ConfigError, match=r'small\.py: tta_pipeline\.1\.transforms\.0\.0.*keep_ration'):
         Predictor(wrong, str(path), 'cpu', aug_test=True)
 
 

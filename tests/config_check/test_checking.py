@@ -16,8 +16,9 @@ from mmseg.evaluation import IoUMetric
 from mmseg.registry import DATASETS, METRICS, MODELS
 from mmseg.structures import SegDataSample
 
-from mmseg_volo.config_check import check_config, check_model, settle
+from mmseg_volo.config_check import check_config, check_model, check_tta_pipeline, settle
 from mmseg_volo.config_check.runs import _RESULTS
+from mmseg_volo.datasets.camvid import CamVidDataset
 from mmseg_volo.errors import ConfigError
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -121,6 +122,26 @@ FAULTS = {
         both(type='BaseSegDataset', metainfo=dict(classes=NAMES, palette=[[0, 0, 0]] * 3)),
         r'metainfo\.palette: 3 colours for 11 classes',
     ),
+    **{
+        f'palette {palette!r}': (both(type='BaseSegDataset', metainfo=dict(classes=('a',), palette=palette)), line)
+        for line, palettes in {
+            r'palette: .* is no list of colours; give': ('red', dict(a=(1, 2, 3))),
+            r'palette: .* is no colour; give three whole numbers': (
+                *([1, 2, 3], ['#ff0000'], [(1, 2, 3, 4)], [(300.5, 2, 3)], [(-1, 2, 3)], [(0.5, 0.1, 0.2)]),
+            ),
+        }.items()
+        for palette in palettes
+    },
+    'a name that is a number': (both(type='BaseSegDataset', metainfo=dict(classes=(1, 2))), r'classes: 1 is no name'),
+    'a name that is none': (both(type='BaseSegDataset', metainfo=dict(classes=('a', None))), r'None is no name'),
+    'another order': (
+        dict(val_dataloader__dataset__metainfo=dict(classes=CamVidDataset.METAINFO['classes'][::-1])),
+        r'val_dataloader\.dataset\.metainfo\.classes: .* in another order than in train_dataloader\.dataset',
+    ),
+    'other labels in validation': (
+        dict(val_dataloader__dataset__reduce_zero_label=True),
+        r'val_dataloader\.dataset\.reduce_zero_label: True, but train_dataloader\.dataset has False',
+    ),
     'no names': (dict(val_dataloader__dataset__type='BaseSegDataset'), r'names no classes, which val_evaluator needs'),
     # losses
     'softmax': (
@@ -189,6 +210,11 @@ FAULTS = {
         },
         r'reduce_zero_label turns labels into 255, but model\.decode_head\.ignore_index is 254',
     ),
+    **{
+        f'{key} {value!r}': ({key: value}, r'ignore_index: .* is no whole number|a number here')
+        for key in ('model__decode_head__ignore_index', 'val_evaluator__ignore_index')
+        for value in ('255', None, 255.0, [255])
+    },
     # sizes
     'crop': (
         dict(model__data_preprocessor__size=(352, 256)),
@@ -216,6 +242,74 @@ FAULTS = {
     'no test_cfg': (dict(model__test_cfg=None), r'model\.test_cfg: not set, but predictions need it'),
     'no stride': (dict(model__test_cfg=dict(mode='slide', crop_size=(9, 9))), r'test_cfg\.stride: None is no \(height'),
     'mode': (dict(model__test_cfg__mode='sliding'), r"test_cfg\.mode: 'sliding' is neither"),
+    'mistyped option': (dict(model__test_cfg__precison='bf16'), r"test_cfg\.precison: .* did you mean 'precision'"),
+    'precision': (dict(model__test_cfg__precision='fp61'), r"test_cfg\.precision: 'fp61' is none of fp32"),
+    'no window': (dict(model__test_cfg__window_batch=0), r'test_cfg\.window_batch: 0 is no whole number from 1'),
+    'text of windows': (dict(model__test_cfg__window_batch='4'), r"test_cfg\.window_batch: '4' is no whole"),
+    'two sizes in a test': (
+        dict(model__data_preprocessor__test_cfg=dict(size=(9, 9), size_divisor=16)),
+        r'data_preprocessor\.test_cfg: both of size and size_divisor',
+    ),
+    'no preprocessor': (dict(model__data_preprocessor=None), r'^model\.data_preprocessor: not set'),
+    # values
+    **{
+        f'{key} {value!r}': ({key: value}, f'{re.escape(".".join(key.split("__")[1:]))}: .*{kind} here')
+        for key, value, kind in (
+            ('model__decode_head__align_corners', 'False', 'True or False'),
+            ('model__decode_head__loss_decode__loss_weight', '1.0', 'a number'),
+            ('model__data_preprocessor__seg_pad_val', '255', 'a number'),
+            ('model__backbone__init_cfg', 'x.pth', 'a dict or a list'),
+            ('model__backbone', None, 'a dict'),
+            ('model__decode_head', 'FCNHead', 'a dict'),
+            ('param_scheduler__1__power', '1.0', 'a number'),
+            ('train_cfg__val_interval', '4', 'a number'),
+            ('val_cfg__fp16', 'maybe', 'True or False'),
+            ('default_hooks__checkpoint__interval', 'x', 'a number'),
+            ('default_hooks__checkpoint__out_dir', 3, 'a text'),
+            ('val_dataloader__dataset__pipeline__1__scale', '480,352', 'a list or a number'),
+            ('val_dataloader__dataset__pipeline__1__keep_ratio', 'True', 'True or False'),
+            ('val_dataloader__dataset__data_root', 3, 'a text'),
+            ('val_dataloader__dataset__indices', '5', 'a list or a number'),
+            ('custom_hooks', [dict(type='EarlyStoppingHook', monitor='mIoU', patience='1')], 'a number'),
+        )
+    },
+    'no data set': (dict(val_dataloader__dataset=None), r'val_dataloader\.dataset: None is no dict'),
+    'list of data sets': (dict(val_dataloader__dataset=[dict(RARE)]), r'dataset: \[.* is no dict .*ConcatDataset'),
+    'name of a data set': (dict(val_dataloader__dataset='Rare'), r"val_dataloader\.dataset: 'Rare' is no dict"),
+    'name of a metric': (dict(val_evaluator=['IoUMetric']), r"val_evaluator\.0: 'IoUMetric' is no dict"),
+    'name of a model': (dict(model='x'), r"^model: 'x' is no dict"),
+    # pipelines
+    **{
+        f'pipeline of {" ".join(steps)}': (
+            dict(val_dataloader__dataset__pipeline=[dict(type=step) for step in steps]),
+            line,
+        )
+        for steps, line in {
+            (): r'val_dataloader\.dataset\.pipeline: loads no image',
+            ('LoadAnnotations', 'PackSegInputs'): r'val_dataloader\.dataset\.pipeline: loads no image',
+            ('LoadImageFromFile', 'LoadAnnotations'): r'pipeline: packs no inputs',
+            ('LoadImageFromFile', 'PackSegInputs', 'LoadAnnotations'): r'pipeline\.1: PackSegInputs must be the last',
+        }.items()
+    },
+    'pipeline by name': (dict(val_dataloader__dataset__pipeline='test'), r'dataset\.pipeline: str is no list'),
+    'transform by name': (dict(val_dataloader__dataset__pipeline=['Load']), r"pipeline\.0: 'Load' is no transform"),
+    'image of no pixels': (
+        dict(val_dataloader__dataset__pipeline__1__scale=(0, 9)),
+        r'pipeline\.1\.scale: .* 0 pixels',
+    ),
+    'colours': (
+        dict(val_dataloader__dataset__pipeline__0__color_type='colour'),
+        r"pipeline\.0\.color_type: 'colour' is none of color, ",
+    ),
+    'augmentation that does not pack': (
+        dict(
+            val_dataloader__dataset__pipeline=[
+                dict(type='LoadImageFromFile'),
+                dict(type='TestTimeAug', transforms=[[dict(type='LoadAnnotations')]]),
+            ]
+        ),
+        r'pipeline: packs no inputs',
+    ),
     # names
     'backbone': (dict(model__backbone__drop_path=0.1), r"backbone\.drop_path: VOLO has no such .*'drop_path_rate'"),
     'head': (dict(model__decode_head__num_class=11), r"decode_head\.num_class: .* did you mean 'num_classes'"),
@@ -262,6 +356,26 @@ FAULTS = {
         dict(default_hooks__chekpoint=dict(interval=3)),
         r"chekpoint: has no type; did you mean 'checkpoint'",
     ),
+    'second hook': (
+        dict(default_hooks__chekpoint=dict(type='AtomicCheckpointHook')),
+        r"default_hooks\.chekpoint: would be a second AtomicCheckpointHook; did you mean 'checkpoint'",
+    ),
+    'environment': (dict(env_cfg__cudnn_benchmrk=True), r"env_cfg\.cudnn_benchmrk: .* 'cudnn_benchmark'"),
+    'unknown scope': (dict(default_scope='mmsegg'), r"default_scope: 'mmsegg' is no .* did you mean 'mmseg'"),
+    'text to resume': (dict(resume='False'), r"^resume: 'False' is neither True nor False"),
+    'multiplier': (
+        dict(optim_wrapper__paramwise_cfg=dict(custom_keys=dict(head=dict(lr_mul=0.1)))),
+        r"custom_keys\.head\.lr_mul: nothing reads this key; did you mean 'lr_mult'",
+    ),
+    'clipping': (dict(optim_wrapper__clip_grad=dict(max_nrom=1)), r"clip_grad\.max_nrom: .* 'max_norm'"),
+    'initialisation': (
+        dict(model__backbone__init_cfg=dict(type='Pretraind', checkpoint='x')),
+        r"backbone\.init_cfg\.type: 'Pretraind' is not registered",
+    ),
+    'averaged model': (
+        dict(custom_hooks=[dict(type='EMAHook', ema_type='ExponentialMovingAveragee')]),
+        r"custom_hooks\.0\.ema_type: .* did you mean 'ExponentialMovingAverage'",
+    ),
     'type that is none': (dict(model__backbone__type=3), r'model\.backbone\.type: 3 is no name of a class'),
     'scope': (dict(default_scope='mmengine'), r"set default_scope = 'mmseg'"),
     'top level': (dict(train_dataloaders=dict()), r"^train_dataloaders: .*did you mean 'train_dataloader'"),
@@ -283,6 +397,15 @@ FAULTS = {
     ),
     'figure': (dict(val_evaluator__iou_metrics=['mIou']), r"iou_metrics: 'mIou' is none of mIoU, mDice, mFscore"),
     'best': (dict(default_hooks__checkpoint__save_best='mIou'), r"save_best: .* no 'mIou'; did you mean 'mIoU'"),
+    'early stopping': (
+        dict(custom_hooks=[dict(type='EarlyStoppingHook', monitor='mIou')]),
+        r"custom_hooks\.0\.monitor: the validation has no 'mIou'; did you mean 'mIoU'",
+    ),
+    'schedule by epochs': (
+        dict(param_scheduler=[dict(type='PolyLR', end=4)]),
+        r'param_scheduler\.0\.by_epoch: True \(the default\), but train_cfg counts iterations',
+    ),
+    'validation each 0 iterations': (dict(train_cfg__val_interval=0), r'train_cfg\.val_interval: 0 is less than 1'),
     'format_only to nowhere': (dict(val_evaluator__format_only=True), r'val_evaluator\.output_dir: not set'),
 }
 
@@ -345,6 +468,22 @@ VALID = {
     'type of a package that is not installed': dict(model__backbone__type='mmpretrain.ConvNeXt'),
     'type of its scope': dict(model__type='mmseg.EncoderDecoder'),
     'best of a list': dict(default_hooks__checkpoint__save_best=['mIoU', 'aAcc', 'auto']),
+    'validation on other labels': dict(
+        val_dataloader__dataset=dict(reduce_zero_label=True, data_root='elsewhere'),
+    ),
+    'options of the optimizer': dict(
+        optim_wrapper__paramwise_cfg=dict(custom_keys=dict(head=dict(lr=0.1, betas=(0, 0))))
+    ),
+    'clipping of values': dict(optim_wrapper__clip_grad=dict(type='value', clip_value=1)),
+    'scheduler by epochs in a run by epochs': dict(
+        train_cfg=dict(_delete_=True, by_epoch=True, max_epochs=3),
+        param_scheduler=[dict(type='PolyLR', end=3)],
+    ),
+    'test images of one size': dict(model__data_preprocessor__test_cfg=dict(_delete_=True, size=(9, 9))),
+    'schedule of a loop without validation': dict(
+        train_cfg__val_interval=0, val_dataloader=None, val_cfg=None, val_evaluator=None
+    ),
+    'name of a hook of its own': dict(default_hooks__checkpoint2=dict(type='EMAHook')),
     'no validation': dict(val_dataloader=None, val_cfg=None, val_evaluator=None),
 }
 
@@ -388,6 +527,21 @@ def test_the_model_for_prediction():
     with pytest.raises(ConfigError, match=r"backbone\.drop_path: .* 'drop_path_rate'"):
         check_model(config(model__backbone__drop_path=1))
     check_model(config(train_dataloader__dataset__data_rot='x'))
+    for model in (None, 'x'):
+        with pytest.raises(ConfigError, match=r'^volo_d1_camvid\.py: model: '):
+            check_model(config(model=model))
+    with pytest.raises(ConfigError, match=r'test_dataloader\.dataset\.pipeline: str is no list'):
+        check_model(config(test_dataloader__dataset__pipeline='test'))
+
+
+def test_the_pipeline_of_augmentation():
+    check_tta_pipeline(CAMVID)
+    for change, line in (
+        (dict(tta_pipeline__1__transforms=[[dict(type='PackSegInputss')]]), r"tta_pipeline\.1.*'PackSegInputs'"),
+        (dict(tta_pipeline=[dict(type='LoadImageFromFile')]), r'tta_pipeline: packs no inputs'),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            check_tta_pipeline(config(**change))
 
 
 def test_settings_that_cannot_hold_are_dropped(log):

@@ -7,12 +7,18 @@ import cv2
 import pytest
 import torch
 from faulty_data import FAULTS, IMAGE, LABEL, dataset_config, random_image, write
+from mmcv.image.io import imread_flags
+from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmseg.apis.mmseg_inferencer import MMSegInferencer
 from mmseg.apis.utils import _preprare_data
 from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 
+from mmseg_volo.datasets.checks.check import build_checked, check_not_empty
+from mmseg_volo.datasets.loading import check_loaders
+from mmseg_volo.engine.loop import SeededDataset
 from mmseg_volo.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,3 +85,41 @@ def test_every_config_has_the_transforms_and_the_hook():
             steps = [step['type'] for step in cfg[f'{split}_dataloader'].dataset.pipeline]
             assert steps[0] == image and 'LoadCheckedAnnotations' in steps
         assert 'LoadCheckedAnnotations' in str(cfg.tta_pipeline)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(color_type='color_ignore_orientaton'), "did you mean 'color_ignore_orientation'"),
+        (dict(color_type='colour', imdecode_backend='pillow'), "did you mean 'color'"),
+        (dict(imdecode_backend='pil'), "did you mean 'pillow'"),
+        (dict(imdecode_backend='turbojpeg', color_type='unchanged'), 'turbojpeg'),
+        (dict(backend_args=dict(backend='petrol')), "backend_args={'backend': 'petrol'}"),
+    ],
+)
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_arguments_of_a_loader_that_read_no_file_are_named(data, arguments, message, wrapped):
+    cfg = dataset_config(data)
+    kind = 'LoadImageFromFile' if 'color_type' in arguments else 'LoadCheckedAnnotations'
+    cfg['pipeline'] = [dict(type=kind, **arguments), *cfg['pipeline'][1:]]
+    if wrapped:
+        cfg = dict(type='RepeatDataset', times=2, dataset=dict(type='ConcatDataset', datasets=[cfg, cfg]))
+    with pytest.raises(ValueError, match=message) as caught:
+        build_checked(cfg, check_not_empty)
+    assert str(caught.value).startswith(f'{kind}: ') and '\n' not in str(caught.value)
+
+
+def test_an_image_that_the_pipeline_shrinks_to_nothing_is_named(data):
+    Image.fromarray(random_image(0)).resize((2, 3000)).save(data / 'images/train/0.png')
+    cfg = dataset_config(data)
+    cfg['pipeline'] = [dict(type='LoadImageFromFile'), dict(type='Resize', scale=(128, 96), keep_ratio=True)]
+    with pytest.raises(DataError, match=r'images/train/0\.png: the pipeline cannot process .* cut the image'):
+        SeededDataset(DATASETS.build(cfg))[0]
+
+
+@pytest.mark.parametrize('flag', [*imread_flags, 1])
+@pytest.mark.parametrize('backend', [None, 'cv2', 'pillow'])
+def test_arguments_of_a_loader_that_read_files_pass(flag, backend):
+    if (flag, backend) == (1, 'pillow'):
+        pytest.skip('numbers are for OpenCV')
+    check_loaders([LoadImageFromFile(color_type=flag, imdecode_backend=backend, backend_args=dict(backend='local'))])

@@ -1,5 +1,6 @@
 """Checkpoints are written in a thread during training, and resuming finds the newest complete one."""
 
+import datetime
 import errno
 import logging
 import os
@@ -9,9 +10,12 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
+from mmengine.logging import MMLogger
 from small_runs import checkpoint
 from toy_runs import EPOCHS, Cut, CutHook, Points, Toy, toy_run
 
@@ -20,7 +24,7 @@ from mmseg_volo.checkpoints.reading import load_from_local
 from mmseg_volo.checkpoints.writing import replace_text, save
 from mmseg_volo.engine.resume import newest_checkpoint
 from mmseg_volo.engine.runner import VOLORunner
-from mmseg_volo.engine.saving import Writer
+from mmseg_volo.engine.saving import Writer, readable_part
 from mmseg_volo.errors import CheckpointError, ConfigError, SaveError, TrainingStopped
 
 LOGGER = logging.getLogger('test_checkpoint_hook')
@@ -68,7 +72,10 @@ def test_newest_is_decided_by_the_content_of_the_files(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint([moved], LOGGER)[0] == str(moved / 'iter_10.pth')
     assert all(f'iter_{step}.pth' in caplog.text for step in (11, 12))
-    for step in (10, 4, 2):
+    os.mkfifo(moved / 'iter_700.pth')  # opening it would wait for ever
+    (moved / 'iter_600.pth').symlink_to(tmp_path / 'gone.pth')
+    assert newest_checkpoint([moved], LOGGER)[0] == str(moved / 'iter_10.pth')
+    for step in (10, 4, 2, 600, 700):
         (moved / f'iter_{step}.pth').unlink()
     with pytest.raises(CheckpointError, match=r'none of 3 .*iter_500.pth: was saved at iter 2, but its name says 500'):
         newest_checkpoint([moved], LOGGER)
@@ -240,3 +247,35 @@ def test_a_warning_if_a_checkpoint_cannot_be_read_back(tmp_path):
     toy_run(tmp_path, [Odd()], dict(interval=8, save_best=None)).train()
     log = next(tmp_path.glob('*/*.log')).read_text()
     assert re.search(r'WARNING - .*iter_8\.pth: refused.*So no run can resume from it', log)
+
+
+def test_notes_of_a_data_set_that_no_checkpoint_can_hold_are_left_out(tmp_path, caplog):
+    date, info = datetime.date(2020, 1, 1), ConfigDict(source=[dict(name='x')])
+    notes = dict(classes=('a',), palette=[np.array([1, 2, 3])], info=info, day=date, made=dict(day=date), places={1, 2})
+    MMLogger.get_current_instance().addHandler(caplog.handler)
+    try:
+        kept = readable_part(notes)
+    finally:
+        MMLogger.get_current_instance().removeHandler(caplog.handler)
+    assert kept.keys() == {'classes', 'palette', 'info', 'places'}
+    assert sorted(re.findall(r'metainfo\.(\w+) is left out', caplog.text)) == ['day', 'made']
+    save(dict(checkpoint(), meta=dict(dataset_meta=kept)), tmp_path / 'ours.pth')
+    torch.save(dict(checkpoint(), meta=dict(dataset_meta=kept)), tmp_path / 'stock.pth')  # as mmengine does
+    for name in ('ours', 'stock'):
+        read = load_from_local(str(tmp_path / f'{name}.pth'))['meta']['dataset_meta']['info']
+        assert (
+            read == info.to_dict()
+            and not isinstance(read, ConfigDict)
+            and not isinstance(read['source'][0], ConfigDict)
+        )
+
+
+def test_a_run_on_a_data_set_with_such_notes_can_be_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(Points, 'metainfo', dict(Points.metainfo, day=datetime.date(2020, 1, 1)))
+    toy_run(tmp_path).train()
+    content = newest_checkpoint([tmp_path], LOGGER)[1]
+    assert (
+        content['meta']['dataset_meta']
+        == dict(classes=('a', 'b'))
+        == content['message_hub']['runtime_info']['dataset_meta']
+    )

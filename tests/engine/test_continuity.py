@@ -7,6 +7,7 @@ import pytest
 import torch
 from mmengine.optim import LinearLR, OptimWrapper, OptimWrapperDict, PolyLR
 from mmengine.runner import IterBasedTrainLoop
+from mmseg.models import SegDataPreProcessor
 from torch.utils.data import ConcatDataset, Subset
 from toy_runs import Points, toy_run
 
@@ -27,14 +28,15 @@ def wrapper(kind='AdamW', groups=(2, 1), wrapped=OptimWrapper, **options) -> Opt
 
 
 class Data(Points):
-    def __init__(self, root='data/a', images=8, classes=('a', 'b')):
+    def __init__(self, root='data/a', images=8, classes=('a', 'b'), zero=False):
         self.data_root, self.images, self.metainfo = root, images, dict(classes=classes)
+        self.reduce_zero_label = zero
 
     def __len__(self):
         return self.images
 
 
-def run(optimizer=None, schedules=('linear', 'poly'), data=None, end=8) -> SimpleNamespace:
+def run(optimizer=None, schedules=('linear', 'poly'), data=None, end=8, **inputs) -> SimpleNamespace:
     optimizer = optimizer or wrapper()
     first = next(iter(optimizer.values())) if isinstance(optimizer, OptimWrapperDict) else optimizer
     build = dict(
@@ -46,6 +48,7 @@ def run(optimizer=None, schedules=('linear', 'poly'), data=None, end=8) -> Simpl
         optim_wrapper=optimizer,
         param_schedulers=[build[name]() for name in schedules] or None,
         train_dataloader=SimpleNamespace(dataset=SeededDataset(data or Data())),
+        model=SimpleNamespace(data_preprocessor=SegDataPreProcessor(**dict(mean=[1, 2, 3.3], std=[1, 1, 1]) | inputs)),
         logger=logging.getLogger('test_continuity'),
     )
 
@@ -110,6 +113,9 @@ def test_damaged_states(state):
         ({}, dict(data=Data('data/b')), 'in data/a, and this run has 8 images of Data in data/b'),
         ({}, dict(data=ConcatDataset([Subset(Data('c'), [0, 1]), Data()])), 'this run has 10 images of Data in c'),
         ({}, dict(optimizer=wrapper(wrapped=BFloat16OptimWrapper)), 'with OptimWrapper, and this run uses BFloat16'),
+        ({}, dict(data=Data(zero=True)), 'trained with reduce_zero_label=False, and this run has True'),
+        (dict(mean=[4.0, 5.0, 6.0]), {}, 'with mean=[4.0, 5.0, 6.0], and this run has [1.0, 2.0, 3.3]'),
+        ({}, dict(bgr_to_rgb=True), 'trained with bgr_to_rgb=False, and this run has True'),
         ({}, dict(end=16), 'PolyLR goes on with end=8 of the checkpoint, not with 16 of the config'),
         (dict(schedules=()), dict(schedules=()), ''),
     ],

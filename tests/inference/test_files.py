@@ -1,5 +1,6 @@
 """Prediction of folders and videos by tools/predict.py: results, messages, resume, signals, processes."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from drawn_videos import draw_video, frame, frames_of
+from mmseg.registry import TRANSFORMS
 from small_runs import ROOT, write_config
 
 from mmseg_volo.cli import run_tool
@@ -277,9 +279,12 @@ def test_resume_refuses_results_of_another_model_or_options(recipe, model, tmp_p
     same = Recipe(recipe.config, str(tmp_path / 'moved.pth'), 'cpu', False, dict(recipe.options, window_batch=1))
     assert predict_files(same, [str(images)], str(out), resume=True) == {}
     assert '1 done before, 0 to do' in capsys.readouterr().err
-    (out / 'predict.jsonl').write_text('nonsense')
-    manifest = b'nonsense'
-    refused('is no record of predictions; leave out --resume')
+    with (out / 'predict.jsonl').open('a') as file:
+        file.write('[' * 100_000 + '\n{"source": 5}\nnull\n')
+    assert predict_files(same, [str(images)], str(out), resume=True) == {}
+    for manifest in (b'nonsense', b'[' * 100_000):
+        (out / 'predict.jsonl').write_bytes(manifest)
+        refused('is no record of predictions; leave out --resume')
     predict_files(recipe, [str(images)], str(out))
     assert len((out / 'predict.jsonl').read_text().splitlines()) == 2
     json.loads((out / 'predict.jsonl').read_text().splitlines()[0])
@@ -297,6 +302,41 @@ def test_two_processes_give_the_results_of_one(model, recipe, tmp_path, monkeypa
     assert main(*given, tmp_path / 'two', '--resume', monkeypatch=monkeypatch) == 1
     assert '12 done before, 1 to do' in capsys.readouterr().err
     assert not [pid for pid in processes_of(os.getpid(), b'multiprocessing') if pid not in before]
+
+
+@TRANSFORMS.register_module(force=True)
+class Fails:
+    """A transform that fails with each image of at most this height in pixels."""
+
+    def __init__(self, height: int):
+        self.height = height
+
+    def __call__(self, results: dict) -> dict:
+        if results['img'].shape[0] <= self.height:
+            raise cv2.error('an odd\nreason')
+        return results
+
+
+@pytest.mark.parametrize(
+    ('steps', 'message'),
+    [
+        ([], 'the pipeline packs no inputs; its last transform must be PackSegInputs'),
+        ([dict(type='Fails', height=999)], 'error: an odd reason'),
+        ([dict(type='Fails', height=63), dict(type='PackSegInputs')], None),  # the plain image is 64 pixels high
+    ],
+)
+def test_a_config_that_predicts_no_image_is_one_error(steps, message, recipe, tmp_path):
+    images = draw(tmp_path / 'images', 3)
+    (images / '0.png').write_bytes(b'no image')
+    config = copy.deepcopy(recipe.config)
+    config.test_dataloader.dataset.pipeline = [dict(type='LoadImageFromFile'), *steps]
+    given = Recipe(config, recipe.checkpoint, 'cpu'), [str(images)], str(tmp_path / 'out')
+    if message is None:
+        assert [path.name for path in predict_files(*given)] == ['0.png', '1.png']
+        return
+    with pytest.raises(ConfigError, match=f'^small.py: no image can be predicted, not even a plain one.*: {message}$'):
+        predict_files(*given)
+    assert not list((tmp_path / 'out').glob('*.png'))
 
 
 @pytest.mark.slow

@@ -250,6 +250,9 @@ def test_files_that_the_loader_does_not_read(files, tmp_path, monkeypatch):
     cut = tmp_path / 'cut.jpg'
     cut.write_bytes((files / 'turned1.jpg').read_bytes()[:-50])
     assert refusal('own', cut) == 'it is no image, or broken: it is cut off'
+    for wrong in (dict(color_type='color_ignore_orientaton'), dict(imdecode_backend='pil')):  # not taken for the file's
+        with pytest.raises(ConfigError, match=rf'test_dataloader\.dataset\.pipeline.*{next(iter(wrong))}'):
+            Predictor(config(dict(type='LoadImageFromFile', **wrong), 3), weights(files.parent, 3), 'cpu')
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ConfigError, match='pip install tifffile'):
         Predictor(

@@ -1,6 +1,7 @@
 """Predictors that share weights, the progress of a prediction, and predictions on a GPU."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -86,3 +87,12 @@ def test_cudnn_does_not_benchmark_kernels_for_each_view(small):
     assert config.env_cfg.cudnn_benchmark  # for training, which has one shape
     use_tta(config)
     assert not config.env_cfg.cudnn_benchmark
+
+
+def test_paths_and_options_that_do_not_exist(small, tmp_path):
+    small[0].dump(tmp_path / 'config.py')
+    predictor = Predictor(tmp_path / 'config.py', Path(small[1]), 'cpu')
+    with pytest.raises(TypeError, match="Predictor has no option 'presicion'; did you mean 'precision'"):
+        Predictor(*small, 'cpu', presicion='bf16')
+    with pytest.raises(TypeError, match="Predictor has no option 'x'; it has "):
+        predictor.with_options(x=1)

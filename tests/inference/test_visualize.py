@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmseg_volo.inference.visualize import GAP, TITLE_HEIGHT, side_by_side
+from mmseg_volo.inference.visualize import GAP, TITLE_HEIGHT, entries_of, side_by_side
 
 PALETTE = [[128, 64, 32], [1, 2, 3], [250, 170, 30]]
 HEIGHT, WIDTH = 40, 120
@@ -51,6 +51,10 @@ def test_titles_and_legend_are_written(inputs):
     legend = panels[TITLE_HEIGHT + HEIGHT :].reshape(-1, 3)
     for red, green, blue in PALETTE:
         assert (legend == (blue, green, red)).all(axis=1).sum() > 100
+
+
+def test_class_names_may_be_numbers():
+    assert entries_of((7, 8), PALETTE, np.ones((2, 2), np.uint8)) == [('8', PALETTE[1])]
 
 
 def test_legend_names_only_classes_that_occur(inputs):

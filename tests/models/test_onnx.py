@@ -57,6 +57,23 @@ def test_metadata_of_the_export_is_accepted(config, tmp_path):
     assert torch.equal(model(image), image)
 
 
+@pytest.mark.parametrize('place', ['../secret', 'link', '{folder}/secret', '/etc/passwd', 'gone', ''])
+def test_weights_in_files_outside_the_folder_are_not_read(config, tmp_path, place):
+    (tmp_path / 'secret').write_bytes(bytes(12))
+    (tmp_path / 'x').mkdir()
+    (tmp_path / 'x/link').symlink_to(tmp_path / 'secret')
+    path = write(tmp_path / 'x/x.onnx', json.dumps(ABOUT))
+    model = onnx.load(path)
+    weights = model.graph.initializer.add(name='weights', data_type=onnx.TensorProto.FLOAT, dims=[1, 3, 1, 1])
+    weights.data_location = onnx.TensorProto.EXTERNAL
+    weights.external_data.add(key='location', value=place.format(folder=tmp_path))
+    model.graph.node[0].CopyFrom(onnx.helper.make_node('Add', ['image', 'weights'], ['logits']))
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match=r'x\.onnx is broken or not an ONNX file: .*[Ee]xternal') as refused:
+        init_model(config, path, 'cpu')
+    assert '\n' not in str(refused.value)
+
+
 def test_odd_metadata(config, tmp_path):
     texts = [
         None,

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -398,7 +399,9 @@ def test_fx_tracing(grad):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(('given', 'stages'), [(2, (2,)), (-1, (3,)), ((0, -1), (0, 3)), ([-4, 1, -2], (0, 1, 2))])
+@pytest.mark.parametrize(
+    ('given', 'stages'), [(2, (2,)), (np.int64(-1), (3,)), ((0, -1), (0, 3)), ([-4, 1, -2], (0, 1, 2))]
+)
 def test_out_indices_of_other_forms(given, stages):
     assert tiny(out_indices=given).out_indices == stages
 
@@ -451,6 +454,9 @@ def test_registry_and_deepcopy():
         (dict(out_indices=(2, 1)), 'ascending'),
         (dict(out_indices=()), 'ascending'),
         (dict(out_indices=-5), r'within 0\.\.3; got -5'),
+        (dict(out_indices=True), 'must be integers; got True'),
+        (dict(out_indices='3'), "must be integers; got '3'"),
+        (dict(out_indices=(0, 1.0)), 'must be integers'),
         (dict(frozen_stages=5), 'between -1 and the 4 stages'),
         (dict(frozen_stages=2, out_indices=(0,)), 'between -1 and the 1 stages'),
         (dict(img_size=16), 'at least 32 pixels a side, got 16'),

@@ -256,11 +256,26 @@ def test_missing_and_broken_files_are_reported(tmp_path):
     rows = [scalar(1), dict(scalar(2), loss=math.nan), dict(scalar(3), loss=math.inf)]
     stamp = write_stamp(folder, '20260101_000000', rows, config='import os\nos.abort()\n')
     scalars = stamp / 'vis_data/scalars.json'
-    scalars.write_text('no json\n[1]\n{"step": "x"}\n' + scalars.read_text() + '{"loss": 0.')
+    huge = '1' + '0' * 400
+    bad = [f'{{"step": 9, "lr": 1, "epoch": {value}}}' for value in ('NaN', 'Infinity', huge)]
+    bad += ['no json', '[' * 100_000, f'{{"step": {huge}, "lr": 1}}', f'{{"step": 9, "lr": {huge}}}']
+    scalars.write_text('\n'.join([*bad, '[1]', '{"step": "x"}', scalars.read_text()]) + '{"loss": 0.')
     (stamp / 'evaluation').mkdir()
     (stamp / 'evaluation/test.json').write_text('{"classes": ["a"], "confusion": [[1, 2]], "kind": "test"}')
+    odd = [
+        dict(confusion=[[2**70, 1], [1, 1]]),
+        dict(palette=[[math.inf, 0, 0]] * 2),
+        dict(metrics=dict(mIoU=10**400)),
+        dict(seconds_per_picture=10**400),
+        dict(calibration=dict(ece=10**400, bins=[])),
+        dict(pictures=5),
+    ]
+    for number, record in enumerate(odd):
+        write_record(stamp, f'test_{number}', **record)
+    (stamp / 'evaluation/test_deep.json').write_text('[' * 100_000)
     page = page_of(folder)
-    assert '1 broken lines are ignored' in page.text
+    assert all(f'test_{name}.json is ignored: no evaluation record' in page.text for name in (*range(6), 'deep'))
+    assert f'{len(bad)} broken lines are ignored' in page.text
     assert 'test.json is ignored: no evaluation record (the confusion matrix' in page.text
     assert 'run: not finite at 2 of 3 logged iterations (2, 3).' in page.text
     assert 'There is no evaluation record.' in page.text and 'No predictions were stored.' in page.text

@@ -76,6 +76,7 @@ def test_files_and_options_that_cannot_be_read(tmp_path):
         'model = dict(',
         'model = dict(a=b)',
         'raise ValueError',
+        'exit()',
         "a = {}['x']",
     ):
         path.write_text(text)

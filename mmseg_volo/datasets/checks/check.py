@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from ...errors import DataError
 from ...utils.opencv import quiet_opencv
+from ..loading import check_loaders
 from .images import init_checker
 from .labels import label_table
 from .listing import Finding, Source, find_sources, missing_files, present_files
@@ -74,6 +75,7 @@ def build_checked(dataset_cfg: Mapping, check: Callable[[Mapping, Dataset], None
 
     Raises:
         DataError: ``check`` raised it, or a folder is missing or empty.
+        ValueError: the arguments of a loader of images let it read no file.
     """
     try:
         dataset = DATASETS.build(dataset_cfg)
@@ -82,6 +84,7 @@ def build_checked(dataset_cfg: Mapping, check: Callable[[Mapping, Dataset], None
     except Exception:
         check_not_empty(dataset_cfg)  # raises a clearer error if a folder is missing or empty
         raise
+    check_loaders(dataset)
     check(dataset_cfg, dataset)
     return dataset
 

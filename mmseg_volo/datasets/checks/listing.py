@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -274,7 +275,7 @@ def missing_files(source: Source) -> list[Finding]:
         unlabelled = [Finding(split, 'missing label', folder, problem, remedy)]
     else:
         unlabelled = [
-            _missing(split, 'label', label, others, f'restore it, or take the image {image} out of the data set')
+            _missing(split, 'label', label, others, _label_remedy(source, image))
             for image, label in source.pairs
             if label in absent
         ]
@@ -283,6 +284,13 @@ def missing_files(source: Source) -> list[Finding]:
         for image, _ in source.pairs
         if image in absent
     ]
+
+
+def _label_remedy(source: Source, image: str) -> str:
+    folder = os.path.dirname(image)
+    if source.image_dir and not source.listed and re.search(r'(^|/)\.\w', os.path.relpath(folder, source.image_dir)):
+        return f'mmseg uses the images in hidden folders too: move {folder} out of the data set'
+    return f'restore it, or take the image {image} out of the data set'
 
 
 def _missing(split: str, kind: str, path: str, others: Mapping[str, str], remedy: str) -> Finding:

@@ -95,6 +95,12 @@ def test_hidden_files_are_skipped_and_hidden_folders_named(data, log):
     assert warnings(data) == {'/.ipynb_checkpoints': 'hidden folder'}
     quick_check(dataset_config(data))
     assert len(log) == 1 and 'move it out of the data set' in log[0][1]
+    (data / 'labels/train/.ipynb_checkpoints/0-checkpoint.png').unlink()
+    with pytest.raises(check.DataError, match=r'label is missing; .*hidden folders.*: move .*/\.ipynb_checkpoints out'):
+        quick_check(dataset_config(data))
+    (data / 'labels/train/1.png').unlink()  # others keep their remedy
+    with pytest.raises(check.DataError, match=r'take the image .*/1\.png out'):
+        quick_check(dataset_config(data))
 
 
 def test_a_listed_hidden_file_is_read_before_training(data):
