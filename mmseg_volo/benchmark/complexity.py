@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of the five variants, beside the paper's Tables 2 and 7.
+"""Parameters and multiply-adds of the five variants, beside the paper's Tables 2 and 7; parameters of its ablations.
 
 The paper counts the classifier too: two class-attention blocks with the head and the token-labelling head for 1,000
 classes, which the segmentation backbone does not have. PyTorch's counter runs timm's model, which is the official one;
@@ -18,6 +18,24 @@ from ..models.volo import ARCHS, STRIDE, VOLO
 
 # Tables 2 and 7: parameters in millions, multiply-adds in billions at 224 x 224.
 PAPER = {'d1': (26.6, 6.8), 'd2': (58.7, 14.1), 'd3': (86.3, 20.6), 'd4': (193.0, 43.8), 'd5': (296.0, 69.0)}
+
+_D1 = ARCHS['d1']
+_HEADS = _D1['heads'][1:]
+# What the paper changes of VOLO-D1, its table, and its parameters in millions.
+ABLATIONS = {
+    'no Outlookers, 16 transformers': (dict(depths=(0, 4, 10, 2)), 'outlook', 5, '29.1'),
+    '2 Outlookers, 14 transformers': (dict(depths=(2, 4, 8, 2)), 'outlook', 5, '25.9'),
+    '4 Outlookers, 14 transformers': ({}, 'outlook', 5, '26.6'),
+    '6 Outlookers, 12 transformers': (dict(depths=(6, 4, 6, 2)), 'outlook', 5, '24.5'),
+    '2 heads in Outlookers': (dict(heads=(2, *_HEADS)), 'outlook', 8, '26.4'),
+    '4 heads in Outlookers': (dict(heads=(4, *_HEADS)), 'outlook', 8, '26.5'),
+    '6 heads in Outlookers': ({}, 'outlook', 8, '26.6'),
+    '8 heads in Outlookers': (dict(heads=(8, *_HEADS)), 'outlook', 8, '26.8'),
+    '6 heads in transformers': (dict(heads=(_D1['heads'][0], 6, 6, 6)), 'outlook', 8, '26.6'),
+    'convolution': ({}, 'convolution', 6, '27'),
+    'local attention': ({}, 'local_attention', 6, '27'),
+    'outlook attention': ({}, 'outlook', 6, '27'),
+}
 
 
 @dataclass(frozen=True)
@@ -69,4 +87,17 @@ def table(size: int = 224) -> str:
         for (backbone, whole), told in zip(found, PAPER[arch], strict=True):
             row += [f'{backbone:.1f}', f'{whole:.1f}', *[f'{told:g}', f'{whole / told - 1:+.1%}'] * paper]
         out.add_row(row)
+    return out.get_string()
+
+
+def ablations() -> str:
+    """The paper's ablations of VOLO-D1: parameters beside the paper's, which have the classifier."""
+    whole = count('d1')
+    classifier = whole.params - whole.backbone_params
+    out = PrettyTable(['ablation', 'table', 'backbone parameters (M)', 'with classifier (M)', 'paper (M)'])
+    for name, (changes, mixer, number, told) in ABLATIONS.items():
+        with torch.device('meta'):
+            backbone = VOLO({**_D1, **changes}, mixer=mixer, out_indices=(3,))
+        params = sum(p.numel() for p in backbone.parameters())
+        out.add_row([name, number, f'{params / 1e6:.1f}', f'{(params + classifier) / 1e6:.1f}', told])
     return out.get_string()

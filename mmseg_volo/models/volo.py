@@ -10,6 +10,7 @@ Shapes: B batch, H x W grid, C channels, M heads, D = C/M, k window, K = k*k, h 
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from ..checkpoints.pretrained import load_backbone
 from ..ops.layers import ConvNormReLU, DropPath, LayerNorm, Linear
 from ..ops.sizes import attend, padded, resize_pos_embed, without_padding
+from .mixers import Convolution, LocalAttention
 
 # `depths` and `dims`: table 2 of the paper. `heads`, `mlp_ratios` and `stem_width`: models/volo.py of sail-sg/volo.
 ARCHS = {
@@ -64,6 +66,14 @@ class OutlookAttention(nn.Module):
         logits = self.attn(pooled).unflatten(-1, (self.heads, K, K))  # B, h, w, M, K, K
         x = attend(self.v(x), logits, self.scale, self.kernel_size, self.stride, self.padding, self.impl)
         return self.proj(x)
+
+
+# What `VOLO(mixer=...)` names, by (dim, heads).
+MIXERS: dict[str, Callable[[int, int], nn.Module]] = dict(
+    outlook=partial(OutlookAttention, **OUTLOOK),
+    local_attention=partial(LocalAttention, kernel_size=OUTLOOK['kernel_size']),
+    convolution=partial(Convolution, kernel_size=OUTLOOK['kernel_size']),
+)
 
 
 class Attention(nn.Module):
@@ -111,9 +121,9 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Three convolutions and a 4 x 4 patch projection: (B, in_channels, H, W) to (B, H/8, W/8, dim)."""
+    """Three convolutions and a patch projection: (B, in_channels, H, W) to (B, H/patch, W/patch, dim)."""
 
-    def __init__(self, in_channels: int, width: int, dim: int, norm_cfg: dict):
+    def __init__(self, in_channels: int, width: int, dim: int, norm_cfg: dict, patch: int = PATCH):
         super().__init__()
         layers = []
         for i in range(3):
@@ -124,7 +134,7 @@ class PatchEmbed(nn.Module):
             )
             layers += [conv, build_norm_layer(norm_cfg, width)[1], nn.ReLU(inplace=True)]
         self.conv = ConvNormReLU(*layers)
-        self.proj = nn.Conv2d(width, dim, PATCH // 2, stride=PATCH // 2)
+        self.proj = nn.Conv2d(width, dim, patch // 2, stride=patch // 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(self.conv(x)).permute(0, 2, 3, 1).contiguous()
@@ -168,7 +178,8 @@ class VOLO(BaseModule):
 
     Args:
         arch: 'd1'...'d5', or a dict with the keys of :data:`ARCHS`: ``depths``, ``dims``, ``heads`` (one number per
-            stage), ``mlp_ratios`` (one number, or one per stage) and ``stem_width``.
+            stage), ``mlp_ratios`` (one number, or one per stage) and ``stem_width``. A first depth of 0 means no
+            Outlookers: patches of 16 go straight to the transformer, as in LV-ViT, and there is no map of index 0.
         in_channels: channels of the image.
         img_size: side in pixels, or (height, width), of the images that ``pos_embed`` is made for. For other sizes each
             forward resizes it.
@@ -177,6 +188,8 @@ class VOLO(BaseModule):
         out_norm: apply a LayerNorm to each returned map. The last stage has the pretrained ``norm``; the others
             (``norm0``, ...) start as identity. False returns the raw stage outputs.
         drop_path_rate: stochastic depth of the last block; it grows linearly over all blocks and skips the Outlookers.
+        mixer: what mixes the tokens of an Outlooker's 3 x 3 window: 'outlook', or for ablations 'local_attention' or
+            'convolution' (Table 6), for which there are no pretrained weights.
         norm_cfg: norm of the stem. Without a CUDA device SyncBN becomes BN.
         frozen_stages: -1 freezes nothing, 0 the stem, n the stem and the first n stages; frozen parts stay in eval
             mode. The downsample and ``pos_embed`` belong to the second stage.
@@ -202,6 +215,7 @@ class VOLO(BaseModule):
         out_indices: Sequence[int] | int = (0, 1, 2, 3),
         out_norm: bool = True,
         drop_path_rate: float = 0.0,
+        mixer: str = 'outlook',
         norm_cfg: dict | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
@@ -215,7 +229,7 @@ class VOLO(BaseModule):
         self.arch = arch if isinstance(arch, str) else 'custom'
         spec = _arch_numbers(arch)
         depths, dims, heads, ratios = spec['depths'], spec['dims'], spec['heads'], spec['mlp_ratios']
-        self.out_indices = _checked_indices(out_indices, len(depths))
+        self.out_indices = _checked_indices(out_indices, len(depths), 0 if depths[0] else 1)
         stages = self.out_indices[-1] + 1
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f'frozen_stages must be between -1 and the {stages} stages built, got {frozen_stages}')
@@ -225,15 +239,17 @@ class VOLO(BaseModule):
         if min(height, width) < 32:
             raise ValueError(f'img_size must be at least 32 pixels a side, got {img_size}')
 
-        self.patch_embed = PatchEmbed(in_channels, spec['stem_width'], dims[0], _usable_norm(norm_cfg))
+        if mixer not in MIXERS:
+            raise ValueError(f'mixer must be one of {", ".join(MIXERS)}, got {mixer!r}')
+        patch = PATCH if depths[0] else STRIDE
+        first = dims[0] if depths[0] else dims[1]
+        self.patch_embed = PatchEmbed(in_channels, spec['stem_width'], first, _usable_norm(norm_cfg), patch)
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        outlookers = [
-            Block(dims[0], OutlookAttention(dims[0], heads[0], **OUTLOOK), ratios[0], 0.0) for _ in range(depths[0])
-        ]
+        outlookers = [Block(dims[0], MIXERS[mixer](dims[0], heads[0]), ratios[0], 0.0) for _ in range(depths[0])]
         # As in the official code, `network` contains the downsample too: stage i > 0 is network[i + 1].
         self.network = nn.ModuleList([nn.Sequential(*outlookers)])
         if stages > 1:
-            self.network.append(Downsample(dims[0], dims[1]))
+            self.network.append(Downsample(dims[0], dims[1]) if depths[0] else nn.Identity())
             self.pos_embed = nn.Parameter(torch.zeros(1, -(-height // STRIDE), -(-width // STRIDE), dims[1]))
         for i in range(1, stages):
             of_stage = rates[sum(depths[:i]) : sum(depths[: i + 1])]
@@ -405,15 +421,17 @@ def _arch_numbers(arch: str | dict) -> dict:
     return spec
 
 
-def _checked_indices(out_indices: Sequence[int] | int, stages: int) -> tuple[int, ...]:
+def _checked_indices(out_indices: Sequence[int] | int, stages: int, first: int) -> tuple[int, ...]:
     given = out_indices if isinstance(out_indices, Iterable) else [out_indices]
     try:
         indices = [operator.index(None if isinstance(index, bool) else index) for index in given]
     except TypeError as error:
         raise ValueError(f'out_indices must be integers; got {out_indices!r}') from error
     indices = [index + stages if index < 0 else index for index in indices]
-    if not indices or indices != sorted(set(indices)) or indices[0] < 0 or indices[-1] >= stages:
-        raise ValueError(f'out_indices must be ascending, without repeats, within 0..{stages - 1}; got {out_indices}')
+    if not indices or indices != sorted(set(indices)) or indices[0] < first or indices[-1] >= stages:
+        raise ValueError(
+            f'out_indices must be ascending, without repeats, within {first}..{stages - 1}; got {out_indices}'
+        )
     return tuple(indices)
 
 

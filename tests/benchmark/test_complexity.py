@@ -41,3 +41,10 @@ def test_table_compares_at_224_only(monkeypatch):
     assert 'paper' not in table(32)
     with pytest.raises(ValueError, match='multiple of 16'):
         table(100)
+
+
+@pytest.mark.parametrize('name', complexity.ABLATIONS)
+def test_ablations_have_the_papers_parameters(name):
+    row = next(line for line in complexity.ablations().splitlines() if f' {name} ' in line)
+    found, told = (cell.strip() for cell in row.split('|')[4:6])
+    assert round(float(found), len(told.partition('.')[2])) == float(told)
