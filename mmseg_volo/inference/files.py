@@ -305,7 +305,7 @@ class _ConfigCheck:
         if self._plain and self._cause(error) == self._cause(self._plain):
             kind, reason = self._cause(error)
             raise ConfigError(
-                f'{source_of(self._predictor.config)}no image can be predicted, not even a plain one of 64 x 64 pixels: '
+                f'{source_of(self._predictor.config)}no image can be predicted, not even a plain one of 64 x 64: '
                 f'{kind.__name__}: {reason}'
             )
 
