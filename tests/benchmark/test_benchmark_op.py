@@ -68,6 +68,7 @@ def test_what_cannot_run_is_said_in_one_line(tmp_path, capsys, monkeypatch):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_definition_compiled(tmp_path, capsys):
     run('op', *TINY, '--mode', 'forward', '--out', tmp_path)
     rows = {row['impl']: row for row in rows_of(tmp_path / 'op.csv')}

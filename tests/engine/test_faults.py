@@ -104,6 +104,7 @@ def test_a_killed_worker_is_named(tmp_path):
     load_from_local(str(newest(tmp_path / 'run')))
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(tmp_path):
     """They end within a minute with an error, and the checkpoint is complete."""
     run = Run(write_config(tmp_path, more=LONG), tmp_path / 'run', processes=2)

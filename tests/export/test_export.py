@@ -143,6 +143,7 @@ def test_half_precision(small, tmp_path, format):
         assert {p.dtype for p in torch.export.load(path).parameters()} == {torch.float16}
 
 
+@pytest.mark.slow
 @needs_torch
 def test_pt2_runs_without_this_package(small, tmp_path):
     path = str(tmp_path / 'small.pt2')

@@ -426,6 +426,7 @@ def grown(**numbers) -> float:
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc/self/status')
 
 
+@pytest.mark.slow
 @linux_only
 def test_memory_does_not_grow_with_views_and_height():
     """The logits of one view at scale 1.75 would take 560 MiB for the low image and twice that for the high one."""
