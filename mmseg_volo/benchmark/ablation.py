@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean
 
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from mmseg.registry import DATASETS
 from prettytable import PrettyTable
 from scipy.stats import ttest_ind
@@ -111,6 +112,7 @@ def _held_out(path: Path, every: int) -> Config:
     dataset = config.train_dataloader.dataset
     if 'dataset' in dataset or 'datasets' in dataset:
         raise ConfigError(f'{path}: train_dataloader.dataset is a wrapper; images can be held out of a plain one only')
+    init_default_scope(config.get('default_scope') or 'mmseg')
     count = len(DATASETS.build(dataset))
     validate = [i for i in range(count) if i % every == 0]
     pipeline = config.val_dataloader.dataset.pipeline

@@ -37,7 +37,7 @@ def test_the_tool_trains_each_run_once(tmp_path):
     first = write_config(tmp_path)
     second = first.rename(tmp_path / 'first.py').with_name('second.py')
     second.write_text((tmp_path / 'first.py').read_text() + "model['backbone']['mixer'] = 'convolution'\n")
-    command = ['ablate', str(tmp_path / 'first.py'), str(second), '--seeds', '0', '1', '--rates', '1e-3', '1e-2']
+    command = ['ablate.py', str(tmp_path / 'first.py'), str(second), '--seeds', '0', '1', '--rates', '1e-3', '1e-2']
     command += ['--work-dir', str(tmp_path / 'runs')]
     whole = tool(*command)
     runs = {path: json.loads(path.read_text()) for path in tmp_path.glob('runs/*/*/ablation.json')}
