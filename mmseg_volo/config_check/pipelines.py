@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from mmcv.image.io import imread_flags, supported_backends
 from mmengine.dataset import BaseDataset
 from mmseg.datasets import BaseSegDataset
 
+from ..datasets.loading import LOADER_CHOICES
 from .lookup import UNKNOWN
 from .parts import Part
 
-_CHOICES = dict(color_type=imread_flags, imdecode_backend=supported_backends)
 _PACKAGES = 'mmcv', 'mmengine', 'mmseg', 'mmseg_volo'
 
 
@@ -40,7 +39,7 @@ def check_transform(step: Part) -> Iterator[str]:
         value = step.cfg.get(name)
         if value == 0 or (isinstance(value, list | tuple) and 0 in value):
             yield f'{step.key}.{name}: {value!r} has a side of 0 pixels'
-    for name, known in _CHOICES.items():
+    for name, known in LOADER_CHOICES.items():
         value = step.cfg.get(name)
         if isinstance(value, str) and value not in known:
             yield f'{step.key}.{name}: {value!r} is none of {", ".join(sorted(known))}'

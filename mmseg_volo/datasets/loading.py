@@ -19,7 +19,7 @@ from .checks.images import general_reason, why_unreadable
 from .checks.labels import LabelError, decode_label, label_table
 
 # What mmcv knows for the arguments of loaders.
-_KNOWN = dict(color_type=[*imread_flags], imdecode_backend=supported_backends)
+LOADER_CHOICES = dict(color_type=[*imread_flags], imdecode_backend=supported_backends)
 
 
 @TRANSFORMS.register_module()
@@ -98,7 +98,7 @@ def check_loaders(part: object) -> None:
         ValueError: a loader can read no file at all.
     """
     for loader in _loaders(part):
-        given = {name: getattr(loader, name) for name in _KNOWN if hasattr(loader, name)}
+        given = {name: getattr(loader, name) for name in LOADER_CHOICES if hasattr(loader, name)}
         flag, backend = given.get('color_type', 'unchanged'), given['imdecode_backend']
         try:
             if loader.backend_args:
@@ -113,8 +113,9 @@ def check_loaders(part: object) -> None:
             package = general_reason(sample, backend, error)
             why = f'{package.reason}; {package.remedy}' if package else f'{type(error).__name__}: {error}'
             for name, value in given.items():
-                if str(value) not in _KNOWN[name] and (near := difflib.get_close_matches(str(value), _KNOWN[name], 1)):
-                    why = f'{name} must be one of {", ".join(_KNOWN[name])}; did you mean {near[0]!r}?'
+                known = LOADER_CHOICES[name]
+                if str(value) not in known and (near := difflib.get_close_matches(str(value), known, 1)):
+                    why = f'{name} must be one of {", ".join(known)}; did you mean {near[0]!r}?'
             arguments = ', '.join(f'{name}={value!r}' for name, value in given.items() if value is not None)
             raise ValueError(f'{type(loader).__name__}: no file can be read with {arguments}: {why}') from error
 
