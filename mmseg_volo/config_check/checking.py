@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from .building import source_of
 from .classes import check_counts, check_names, check_same, class_list
 from .ignored import check_ignored
-from .keys import check_loader, check_paramwise, check_part, check_top_level
+from .keys import check_loader, check_paramwise, check_part, check_text, check_top_level
 from .losses import check_losses, check_outputs
 from .parts import Part, Parts, heads, leaves
 from .pipelines import check_dataset, check_form, check_order, check_transform
@@ -82,7 +82,9 @@ def check_model(config: Mapping, any_classes: bool = False) -> None:
     parts = Parts(config, scope='mmseg')
     datasets = [] if any_classes else leaves(parts.datasets('test'))
     faults = chain(
-        _data_faults(parts, 'test'), _model_faults(parts, datasets, training=False, predicts=True, guarded=False)
+        _data_faults(parts, 'test'),
+        *map(check_names, datasets),
+        _model_faults(parts, datasets, training=False, predicts=True, guarded=False),
     )
     _raise(config, list(_missing(config)) or list(faults))
 
@@ -113,6 +115,8 @@ def _faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Iterator[
     if task != 'data':
         yield from check_complete(config, task)
         yield from check_top_level(config, task)
+        for key, value in config.items():
+            yield from check_text(key, value)
         yield from check_preprocessor(parts.model())
         for part in parts.surroundings():
             yield from check_part(part)

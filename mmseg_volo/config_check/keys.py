@@ -4,7 +4,11 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import PurePath
+from typing import Any
 
+import numpy as np
+import torch
 from mmengine import hooks
 from mmengine.runner import Runner
 from mmseg.engine import SegVisualizationHook
@@ -112,6 +116,15 @@ def check_loader(key: str, loader: Mapping) -> Iterator[str]:
         if name not in loader:
             yield f'{key}: has no {name}'
     yield from check_dataset(loader, f'{key}.dataset')
+
+
+def check_text(key: str, value: Any) -> Iterator[str]:
+    """The values that cannot be written as a config's text, which each run logs and each checkpoint holds."""
+    if isinstance(value, PurePath | np.ndarray | torch.Tensor):
+        yield f'{key}: {value!r:.80} cannot be written as text; use texts, numbers, lists and dicts only'
+    inner = value.items() if isinstance(value, Mapping) else ()
+    for name, one in enumerate(value) if isinstance(value, list | tuple) else inner:
+        yield from check_text(f'{key}.{name}', one)
 
 
 def check_top_level(config: Mapping, task: str | None) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Faults between a head's losses, its outputs and its classes."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from mmseg.models import losses
@@ -75,7 +76,11 @@ def _check_loss(loss: Part, head: Part, outputs: int, classes: int, counts: set[
             f'{loss.key}: the sigmoid of one output tells two classes apart, but {head.key}.num_classes is 1; '
             f'{_binary(head, classes)}'
         )
-    weights = loss.get('class_weight')
+    weights, weight = loss.get('class_weight'), loss.get('loss_weight')
+    if isinstance(weight, int | float) and not 0 <= weight < math.inf:
+        yield f'{loss.key}.loss_weight: {weight} is no finite number from 0 on'
+    if isinstance(weights, list | tuple) and any(isinstance(x, int | float) and not 0 <= x < math.inf for x in weights):
+        yield f'{loss.key}.class_weight: {weights} has a number that is negative or not finite'
     if not loss.is_a(*_WEIGHTED) or not isinstance(weights, list | tuple):
         return
     expected = {outputs}

@@ -36,12 +36,17 @@ _SAME_SIZE = {
 
 
 def check_preprocessor(model: Sequence[Part]) -> Iterator[str]:
-    """The faults that the segmentor has no preprocessor, or that this cannot pad test images."""
+    """The faults that the segmentor has no preprocessor, or that this cannot normalise or pad images."""
     given = model and model[0].cfg.get('data_preprocessor')
     if model and model[0].is_a(EncoderDecoder) and not given and model[-1].key != 'data_preprocessor':
         yield "model.data_preprocessor: not set; set dict(type='SegDataPreProcessor', ...)"
-    for part in model:
-        padding = part.cfg.get('test_cfg') if part.is_a(SegDataPreProcessor) else None
+    for part in (one for one in model if one.is_a(SegDataPreProcessor)):
+        mean, std = ([x] if isinstance(x, int | float) else x for x in map(part.cfg.get, ('mean', 'std')))
+        if isinstance(std, list | tuple) and any(isinstance(x, int | float) and not x > 0 for x in std):
+            yield f'{part.key}.std: {std} has a number that is not above 0, by which images cannot be divided'
+        if isinstance(mean, list | tuple) and isinstance(std, list | tuple) and len(mean) != len(std):
+            yield f'{part.key}: {len(mean)} numbers in mean and {len(std)} in std; give both one for each channel'
+        padding = part.cfg.get('test_cfg')
         if padding and isinstance(padding, dict):
             given = [name for name in ('size', 'size_divisor') if padding.get(name) is not None]
             if len(given) != 1:

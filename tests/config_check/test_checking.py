@@ -169,6 +169,8 @@ FAULTS = {
     ),
     'outputs': (dict(model__decode_head__out_channels=7), r'out_channels: 7, but num_classes is 11'),
     'one output of many': (dict(model__decode_head__out_channels=1), r'out_channels: 1, but num_classes is 11'),
+    'negative weight': (heads(loss_decode=dict(class_weight=[-1.0] * 11)), r'class_weight: .* negative or not finite'),
+    'weight of a loss': (heads(loss_decode=dict(loss_weight=float('nan'))), r'loss_weight: nan is no finite number'),
     'weights': (heads(loss_decode=dict(class_weight=[1.0] * 12)), r'loss_decode\.class_weight: 12 weights for 11'),
     'weights in a list': (
         dict(model__decode_head__loss_decode=[CE, dict(type='FocalLoss', class_weight=[1.0] * 5)]),
@@ -250,6 +252,12 @@ FAULTS = {
         dict(model__data_preprocessor__test_cfg=dict(size=(9, 9), size_divisor=16)),
         r'data_preprocessor\.test_cfg: both of size and size_divisor',
     ),
+    'deviation of 0': (dict(model__data_preprocessor__std=[1, 0, 1]), r'data_preprocessor\.std: .* not above 0'),
+    'one mean, two deviations': (
+        dict(model__data_preprocessor__mean=[0], model__data_preprocessor__std=[1, 1]),
+        r'data_preprocessor: 1 numbers in mean and 2 in std',
+    ),
+    'path object': (dict(load_from=Path('w.pth')), r"^load_from: PosixPath\('w\.pth'\) cannot be written as text"),
     'no preprocessor': (dict(model__data_preprocessor=None), r'^model\.data_preprocessor: not set'),
     # values
     **{
