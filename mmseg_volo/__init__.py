@@ -3,6 +3,7 @@
 from .datasets.camvid import CamVidDataset
 from .datasets.loading import LoadCheckedAnnotations, LoadCheckedImage
 from .datasets.street_scenes import StreetSceneDataset
+from .engine.averaging import VOLOEMAHook
 from .engine.checkpoint_hook import AtomicCheckpointHook
 from .engine.guards import LabelGuardHook, NonFiniteGuardHook
 from .engine.loop import ResumableSampler, ResumableTrainLoop
@@ -42,6 +43,7 @@ __all__ = [
     'StreamingEncoderDecoder',
     'StreamingTTAModel',
     'StreetSceneDataset',
+    'VOLOEMAHook',
     'VOLOFullyShardedDataParallel',
     'VOLOLayerDecayConstructor',
     'VOLOPyramid',

@@ -56,6 +56,16 @@ def balance(report: SplitReport) -> np.ndarray:
     return 100 * report.pixels / max(report.pixels.sum(), 1)
 
 
+def print_weights(report: SplitReport) -> None:
+    """Print class weights that grow with a root of the inverse share of a class; the mean over all pixels is 1."""
+    share = report.pixels / report.pixels.sum()
+    print('for decode_head.loss_decode, to weigh rare classes more (a weight of 1 on average):')
+    for name, root in (('fourth', 4), ('square', 2)):
+        weights = np.divide(1, share ** (1 / root), out=np.ones(len(share)), where=share > 0)
+        weights[share > 0] /= (share * weights).sum()
+        print(f'  class_weight=[{", ".join(f"{weight:.3g}" for weight in weights)}]  # {name} root')
+
+
 def print_classes(reports: Sequence[SplitReport]) -> None:
     """Print the pixels and images of each class in each split."""
     if not reports:
@@ -124,6 +134,9 @@ def main() -> int:
     print_findings(findings)
     counted = [report for report in reports if report.labels and report.classes]
     print_classes(counted)
+    for report in counted:
+        if report.split == 'train' and report.pixels.any():
+            print_weights(report)
     if counted:
         plot = args.plot or Path(config.work_dir) / f'check_data_{"_".join(r.split for r in counted)}.png'
         plot_classes(counted, plot)

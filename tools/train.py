@@ -1,4 +1,4 @@
-"""Train a segmentor: tools/train.py configs/volo_d1_cityscapes.py [--amp] [--resume [CHECKPOINT]]."""
+"""Train a segmentor: tools/train.py configs/volo_d1_cityscapes.py [--amp] [--ema] [--resume [CHECKPOINT]]."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ct
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import add_common_arguments, run_tool
+from mmseg_volo.engine.averaging import use_ema
 from mmseg_volo.engine.optim import use_amp
 from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.utils.config import load_config
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU without bfloat16'
     )
+    parser.add_argument('--ema', action='store_true', help='average the weights over the last 1/32 of the iterations')
     add_common_arguments(parser)
     args = parser.parse_args()
 
@@ -39,6 +41,8 @@ def main() -> None:
             config.load_from = args.resume
     if args.amp:
         use_amp(config)
+    if args.ema:
+        use_ema(config)
     build_runner(config, 'train').train()
 
 

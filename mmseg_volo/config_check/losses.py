@@ -1,5 +1,6 @@
 """Faults between a head's losses, its outputs and its classes."""
 
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 
@@ -7,6 +8,7 @@ from mmseg.models import losses
 from mmseg.models.decode_heads import STDCHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
+from ..models.losses import BandedLoss
 from .classes import outputs_of
 from .parts import Part
 
@@ -60,8 +62,26 @@ def check_losses(head: Part, model: Sequence[Part], counts: set[int]) -> Iterato
     default = head.get('loss_decode')
     if not given and isinstance(default, dict) and default.get('type') == 'CrossEntropyLoss':
         given = [Part(f'{head.key}.loss_decode', default, head.registry, losses.CrossEntropyLoss)]
+    plain = loss_by_feat in (BaseDecodeHead.loss_by_feat, BandedLoss.loss_by_feat)
     for loss in given:
+        if plain and (missing := {'weight', 'ignore_index'} - _arguments(loss)):
+            hint = 'it is for other heads'
+            if loss.is_a(losses.OhemCrossEntropy):
+                hint = f"instead set {head.key}.sampler=dict(type='OHEMPixelSampler', thresh=0.7, min_kept=100000)"
+            yield (
+                f'{loss.type_key}: {loss.kind.__name__} does not take {" and ".join(sorted(missing))}, which '
+                f'{head.kind.__name__} passes; {hint}'
+            )
         yield from _check_loss(loss, head, outputs, classes, counts)
+
+
+def _arguments(loss: Part) -> set[str]:
+    """The arguments that a loss is called with, all that heads pass if they are not known."""
+    forward = getattr(loss.kind, 'forward', None)
+    found = inspect.signature(forward).parameters if inspect.isfunction(forward) else {}
+    if not found or any(one.kind is one.VAR_KEYWORD for one in found.values()):
+        return {'weight', 'ignore_index'}
+    return set(found)
 
 
 def _check_loss(loss: Part, head: Part, outputs: int, classes: int, counts: set[int]) -> Iterator[str]:

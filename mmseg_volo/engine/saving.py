@@ -18,6 +18,7 @@ from ..checkpoints.writing import finish, save_error, write
 from ..errors import CheckpointError
 from ..utils.unwrap import bare_model
 from ..version import __version__
+from .averaging import VOLOEMAHook
 from .continuity import note_of
 from .sharding import VOLOFullyShardedDataParallel, full_state
 
@@ -49,6 +50,9 @@ def collect(runner: Runner, meta: dict, save_optimizer: bool = True, save_param_
     wrapper = runner.optim_wrapper if save_optimizer else None
     if isinstance(runner.model, VOLOFullyShardedDataParallel):
         weights, state = full_state(runner.model, wrapper)
+        for hook in runner.hooks:
+            if isinstance(hook, VOLOEMAHook):
+                hook.gather()
     else:
         weights, state = bare_model(runner.model).state_dict(), wrapper and wrapper.state_dict()
     if not is_main_process():

@@ -18,6 +18,7 @@ from ..errors import DataError
 from ..models.losses import BandedLoss
 from ..models.predictions import SAMPLE_STEP
 from ..utils.files import atomic_write
+from .boundary import boundary_counts
 
 BINS = 20  # of confidence, of equal width
 # A CPU counts so many pixels at a time: they stay in its cache.
@@ -39,11 +40,14 @@ class ConfusionIoUMetric(IoUMetric):
     Attributes:
         keep: how many images with the lowest mIoU, and with the highest, keep prediction and ground truth as PNG.
         head: the decode head whose loss is measured, or None.
+        boundary: measure the boundary IoU too.
         images: after an evaluation, on rank 0: one dict per image in the order of the data set, with ``path``,
             ``truth`` (path of the ground truth), ``confusion`` (sparse (C + 1, C + 1), int64, see
             :func:`confusion_of`), ``pixels`` (those with a class in the ground truth), ``mIoU`` (over the classes in
             the ground truth) and ``accuracy`` (both from 0 to 1, or None without such pixels); where it was measured,
-            ``calibration`` (see :func:`bins_of`), ``losses`` by name with their ``weight``, and ``pngs``.
+            ``calibration`` (see :func:`bins_of`), ``boundary`` (see
+            :func:`~mmseg_volo.evaluation.boundary.boundary_counts`), ``losses`` by name with their ``weight``, and
+            ``pngs``.
 
     Raises:
         ValueError: a prediction and a ground truth of different sizes.
@@ -52,6 +56,7 @@ class ConfusionIoUMetric(IoUMetric):
 
     keep = 0
     head: BaseDecodeHead | None = None
+    boundary = False
     images: list[dict] | None = None
     _saved: dict[str, str] | None = None  # images by the name of their PNG
 
@@ -103,6 +108,8 @@ class ConfusionIoUMetric(IoUMetric):
             self._measure_sample(image, sample, predicted[::SAMPLE_STEP, ::SAMPLE_STEP].long(), truth)
         if not pixels:
             return
+        if self.boundary:
+            image['boundary'] = boundary_counts(predicted, truth, len(confusion), self.ignore_index)
         image['mIoU'] = float(iou_of(confusion)[confusion.sum(1) > 0].mean())
         image['accuracy'] = int(confusion.trace()) / pixels
         # Of images with equal mIoU, the first counts as the worse one.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+
 from ..utils.files import atomic_write
 from .metric import BINS
 
@@ -32,6 +34,12 @@ def calibration_of(images: Sequence[dict], step: int) -> dict | None:
         off += abs(confidence - right)
         bins.append(dict(low=k / BINS, high=(k + 1) / BINS, pixels=int(pixels), confidence=means[0], accuracy=means[1]))
     return dict(bins=bins, ece=round(float(off / max(total[0].sum(), 1)), 6), step=step)
+
+
+def quantiles_of(images: Sequence[dict]) -> dict[str, float]:
+    """Quantiles of the images' own mIoU, from 0 to 1, over the images with a labelled pixel."""
+    found = [image['mIoU'] for image in images if image['mIoU'] is not None]
+    return {f'{share}%': round(float(np.percentile(found, share)), 6) for share in (5, 25, 50, 75, 95)}
 
 
 def write_record(folder: Path, name: str, record: dict, images: Sequence[dict], keep: int) -> None:

@@ -21,8 +21,9 @@ from torch import nn
 
 from ..models.predictions import SAMPLE_STEP
 from ..models.windows import WindowNetwork, has_plain_head
+from .boundary import boundary_iou
 from .metric import ConfusionIoUMetric, has_sampled_loss, iou_of, sum_of
-from .record import FOLDER, calibration_of, write_record
+from .record import FOLDER, calibration_of, quantiles_of, write_record
 
 _PACKAGES = dict(
     torch='torch', mmengine='onedl-mmengine', mmcv='onedl-mmcv', mmseg='onedl-mmsegmentation', mmseg_volo='mmseg_volo'
@@ -37,9 +38,10 @@ class _NoRecord(Exception):
 class EvaluationRecordHook(Hook):
     """Writes what each validation and test found to ``WORK_DIR/TIMESTAMP/evaluation/``, for ``tools/report.py``.
 
-    ``test.json`` or ``val_iter_N.json`` hold the confusion matrix, mIoU and accuracy of each image, and the calibration
-    of the confidence; ``pictures/`` beside it has prediction and ground truth of the images with the lowest and the
-    highest mIoU as index PNGs. Of a run's validations the newest and the best keep theirs.
+    ``test.json`` or ``val_iter_N.json`` hold the confusion matrix, mIoU and accuracy of each image, the boundary IoU
+    and the calibration of the confidence, of which the log has a summary; ``pictures/`` beside it has prediction and
+    ground truth of the images with the lowest and the highest mIoU as index PNGs. Of a run's validations the newest and
+    the best keep theirs.
 
     :class:`~mmseg_volo.evaluation.ConfusionIoUMetric` counts. An evaluator without it, with mmseg's IoUMetric say, gets
     the record too: the hook then runs such a metric of its own, which takes additional time. This package's segmentors
@@ -52,15 +54,16 @@ class EvaluationRecordHook(Hook):
         confidence: measure the calibration of the confidence.
         loss: measure the loss of the decode head in validations, where the evaluator has ConfusionIoUMetric; it is
             logged as ``val/loss``.
+        boundary: measure the boundary IoU in tests.
 
     Raises:
         ValueError: ``keep`` is negative.
     """
 
-    def __init__(self, keep: int = 6, confidence: bool = True, loss: bool = True):
+    def __init__(self, keep: int = 6, confidence: bool = True, loss: bool = True, boundary: bool = True):
         if keep < 0:
             raise ValueError(f'keep must be 0 or more, got {keep}')
-        self.keep, self.confidence, self.loss = keep, confidence, loss
+        self.keep, self.confidence, self.loss, self.boundary = keep, confidence, loss, boundary
         self._loaded_iter: int | None = None
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -75,11 +78,11 @@ class EvaluationRecordHook(Hook):
         scalars = runner.message_hub.log_scalars
         for name in [name for name in scalars if name.startswith('val/') and '/val/' in name]:  # a prefix may precede
             del scalars[name]
-        self._begin(runner, runner.val_loop, self.loss)
+        self._begin(runner, runner.val_loop, self.loss, False)
 
     def before_test_epoch(self, runner: Runner) -> None:
         """Find the metric; ask the segmentor for the sampled logits."""
-        self._begin(runner, runner.test_loop, False)
+        self._begin(runner, runner.test_loop, False, self.boundary)
 
     def before_val_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         """Start the clock."""
@@ -108,7 +111,7 @@ class EvaluationRecordHook(Hook):
         """Write the record."""
         self._end(runner, 'test', metrics or {})
 
-    def _begin(self, runner: Runner, loop, loss: bool) -> None:
+    def _begin(self, runner: Runner, loop, loss: bool, boundary: bool) -> None:
         self._dataset = loop.dataloader.dataset
         metrics = getattr(loop.evaluator, 'metrics', ())
         found = [one for one in metrics if isinstance(one, ConfusionIoUMetric) and not one.format_only]
@@ -118,7 +121,7 @@ class EvaluationRecordHook(Hook):
             found = [ConfusionIoUMetric(ignore_index=next(one for one in ignored if one is not None))]
             found[0].dataset_meta = getattr(self._dataset, 'metainfo', None) or {}
         self._metric, self._network = found[0], _network(runner.model)
-        self._metric.keep = self.keep
+        self._metric.keep, self._metric.boundary = self.keep, boundary
         if self._network is not None:
             segmentor = self._network.segmentor
             loss = loss and not self._own and has_plain_head(segmentor) and has_sampled_loss(segmentor.decode_head)
@@ -154,6 +157,7 @@ class EvaluationRecordHook(Hook):
         try:
             record = self._record(runner, kind, metrics, images)
             name = kind if kind == 'test' or record['iteration'] is None else f'val_iter_{record["iteration"]}'
+            runner.logger.info(f'{kind}: {_summary(record)}')
             write_record(Path(runner.log_dir, FOLDER), name, record, images, self.keep)
         except _NoRecord as error:
             runner.logger.info(f'{kind}: no evaluation record ({error})')
@@ -205,6 +209,8 @@ class EvaluationRecordHook(Hook):
                 )
                 for image in images
             ],
+            mIoU_of_pictures=quantiles_of(images),
+            boundary=boundary_iou(images),
             calibration=calibration_of(images, SAMPLE_STEP) if self.confidence else None,
             seconds_per_picture=float(f'{sum(seconds) / len(seconds) / get_world_size():.4g}'),
             environment=_environment(model, self._network),
@@ -216,6 +222,17 @@ def _figures(confusion: np.ndarray) -> dict[str, float]:
     right, truth = np.diag(confusion), confusion.sum(1)
     values = dict(aAcc=right.sum() / truth.sum(), mIoU=iou_of(confusion), mAcc=right[truth > 0] / truth[truth > 0])
     return {name: round(100 * float(np.nanmean(value)), 2) for name, value in values.items()}
+
+
+def _summary(record: dict) -> str:
+    """What a record has beside the metrics, as a line."""
+    low, middle, high = (100 * record['mIoU_of_pictures'][name] for name in ('5%', '50%', '95%'))
+    parts = [f'mIoU of single images: 5 % are below {low:.2f}, half below {middle:.2f}, 5 % above {high:.2f}']
+    if record['boundary']:
+        parts.append(f'boundary mIoU {100 * record["boundary"]["mIoU"]:.2f}')
+    if record['calibration']:
+        parts.append(f'calibration error {100 * record["calibration"]["ece"]:.2f} %')
+    return '; '.join(parts)
 
 
 def _datasets(dataset: object) -> list:

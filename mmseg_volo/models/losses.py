@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from mmseg.models.decode_heads import FCNHead
 from mmseg.models.losses import CrossEntropyLoss
+from mmseg.models.utils import resize
 from mmseg.registry import MODELS
 from mmseg.utils import SampleList
 from torch import Tensor
@@ -29,8 +30,8 @@ class BandedLoss:
     """Mixin for mmseg's decode heads, first in the bases: the same losses and accuracy in less memory.
 
     It handles one :class:`CrossEntropyLoss` with softmax and without a pixel sampler, including class weights and
-    ``avg_non_ignore``; with any other loss the head runs mmseg's code. On a GPU a label that is neither a class nor
-    ignored makes the loss NaN.
+    ``avg_non_ignore``; with any other loss the head runs mmseg's code, and corrects the accuracy of one output. On a
+    GPU a label that is neither a class nor ignored makes the loss NaN.
     """
 
     def loss_by_feat(self, seg_logits: Tensor, batch_data_samples: SampleList) -> dict[str, Tensor]:
@@ -46,7 +47,10 @@ class BandedLoss:
         loss = self.loss_decode
         plain = type(loss) is CrossEntropyLoss and not loss.use_sigmoid and not loss.use_mask
         if not plain or loss.reduction != 'mean' or self.sampler is not None or self.ignore_index is None:
-            return super().loss_by_feat(seg_logits, batch_data_samples)
+            found = super().loss_by_feat(seg_logits, batch_data_samples)
+            if self.out_channels == 1:  # mmseg compares the labels with the index of the only output, which is 0
+                found['acc_seg'] = self._accuracy_of_one_output(seg_logits, batch_data_samples)
+            return found
         labels = self._stack_batch_gt(batch_data_samples).squeeze(1)
         options = dict(ignore_index=self.ignore_index, align_corners=self.align_corners)
         if why_not(seg_logits, labels, self.align_corners) is None:
@@ -61,6 +65,15 @@ class BandedLoss:
             loss.loss_name: total / (_divisor(loss, labels, counted) + eps),
             'acc_seg': 100 * (correct.reshape(1) + eps) / (counted.sum() + eps),
         }
+
+    @torch.no_grad()
+    def _accuracy_of_one_output(self, seg_logits: Tensor, batch_data_samples: SampleList) -> Tensor:
+        labels = self._stack_batch_gt(batch_data_samples)
+        logits = resize(seg_logits, labels.shape[2:], mode='bilinear', align_corners=self.align_corners)
+        counted = labels != self.ignore_index
+        correct = counted & ((logits.sigmoid() > self.threshold) == (labels == 1))
+        eps = torch.finfo(torch.float32).eps
+        return 100 * (correct.sum().reshape(1) + eps) / (counted.sum() + eps)
 
 
 @MODELS.register_module()

@@ -81,6 +81,11 @@ class Evaluation:
         found = self.record.get(key)
         return found if isinstance(found, dict) else {}
 
+    def percent(self, part: str, key: str) -> float | None:
+        """A share of the record in percent, None where it was not measured."""
+        value = self._dict(part).get(key)
+        return 100 * value if isinstance(value, (int, float)) else None
+
     @property
     def miou(self) -> float:
         """mIoU in percent: the logged value, else computed from the confusion matrix."""

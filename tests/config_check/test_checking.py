@@ -169,6 +169,14 @@ FAULTS = {
     ),
     'outputs': (dict(model__decode_head__out_channels=7), r'out_channels: 7, but num_classes is 11'),
     'one output of many': (dict(model__decode_head__out_channels=1), r'out_channels: 1, but num_classes is 11'),
+    'loss of another head': (
+        dict(model__decode_head__loss_decode=[CE, dict(type='OhemCrossEntropy')]),
+        r'loss_decode\.1\.type: OhemCrossEntropy does not take ignore_index and weight, .* instead set .*sampler=',
+    ),
+    'loss of edges': (
+        dict(model__decode_head__loss_decode=[dict(type='BoundaryLoss')]),
+        r'loss_decode\.0\.type: BoundaryLoss does not take .*; it is for other heads',
+    ),
     'negative weight': (heads(loss_decode=dict(class_weight=[-1.0] * 11)), r'class_weight: .* negative or not finite'),
     'weight of a loss': (heads(loss_decode=dict(loss_weight=float('nan'))), r'loss_weight: nan is no finite number'),
     'weights': (heads(loss_decode=dict(class_weight=[1.0] * 12)), r'loss_decode\.class_weight: 12 weights for 11'),

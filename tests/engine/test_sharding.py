@@ -3,10 +3,12 @@
 The fixture starts two ranks once. They run all cases that need two ranks; the tests check the files that they write.
 """
 
+import copy
 import os
 import socket
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from mmseg_volo import VOLOFullyShardedDataParallel
+from mmseg_volo import VOLOEMAHook, VOLOFullyShardedDataParallel
 from mmseg_volo.engine.sharding import full_state, shard_optimizer_state, whole_parameters
 from mmseg_volo.errors import ConfigError
 
@@ -34,6 +36,7 @@ ADAMW = dict(type='AdamW', lr=1e-3, eps=1e-3, weight_decay=0.05, fused=True)
 SGD = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.01)
 PARAMWISE = dict(norm_decay_mult=0.0, custom_keys={'pos_embed': dict(decay_mult=0.0)})
 STEPS = 4
+LOGITS = dict(mode='whole', return_logits=True)
 BACKBONE = dict(type='VOLO', arch=ARCH, img_size=64, norm_cfg=BN)
 VARIANTS = dict(
     simple={},
@@ -162,6 +165,47 @@ def initialised(folder: Path, rank: int) -> dict:
     return results
 
 
+def averaged(wrap: type) -> dict:
+    """Train with an average of the weights; return checkpoints before, in and after a validation, and one resumed."""
+    wrapped = wrap(module=build(test_cfg=LOGITS))
+    wrapper = optimiser(wrapped)
+    wrapper.initialize_count_status(wrapped, 0, STEPS)
+    runner = SimpleNamespace(model=wrapped, hooks=[], iter=0, _train_loop=None, _resume=True)
+
+    def hook() -> VOLOEMAHook:
+        made = VOLOEMAHook(momentum=0.3)
+        made.before_run(runner)
+        return made
+
+    def checkpoint(ema: VOLOEMAHook) -> dict:
+        state = full_state(wrapped)[0]
+        ema.gather()
+        saved = dict(state_dict={name: value.clone() for name, value in state.items()})
+        if dist.get_rank() == 0:  # as a run saves
+            ema.before_save_checkpoint(runner, saved)
+        return copy.deepcopy(saved)
+
+    ema, results = hook(), {}
+    wrapped.train()
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        wrapped.train_step(samples(step, dist.get_rank()), wrapper)
+        ema.after_train_iter(runner, step)
+    results['before'] = saved = checkpoint(ema)
+    ema.before_val_epoch(runner)
+    wrapped.eval()
+    results['predictions'] = wrapped.val_step(batch(picture(64, 64)))[0].seg_logits.data
+    ema.after_val_epoch(runner)
+    wrapped.train()
+    results['after'] = checkpoint(ema)
+    shared = [saved]
+    dist.broadcast_object_list(shared)  # as if every rank read the file
+    resumed = hook()
+    resumed.after_load_checkpoint(runner, copy.deepcopy(shared[0]))
+    results['resumed'] = checkpoint(resumed)
+    return results
+
+
 def overflow(rank: int) -> dict:
     """With loss scaling, an overflow on one rank skips the step on all ranks."""
     wrapped = SHARDED(build())
@@ -202,6 +246,8 @@ def work(rank: int, folder: Path, port: int) -> None:
         results[first.__name__, 'then', second.__name__] = trained(second, range(STEPS // 2, STEPS), start[0], seed=1)
     results['predictions'] = predictions(rank)
     results['overflow'] = overflow(rank)
+    for kind in (PLAIN, SHARDED):
+        results['averaged', kind.__name__] = averaged(kind)
     results['initialised'] = initialised(folder, rank)
     for run in results.values():
         run.pop('wrapped', None)
@@ -294,6 +340,22 @@ def test_overflow_on_one_rank_skips_the_step_on_all(runs):
     assert len(runs[0]['overflow']['good']) > 10 and not runs[0]['overflow']['bad']
 
 
+def test_averaged_weights(runs):
+    """Sharded weights are averaged as mmengine's EMAHook averages plain ones; a validation uses and keeps them."""
+    plain, sharded = (runs[0]['averaged', kind.__name__] for kind in (PLAIN, SHARDED))
+    for name in ('before', 'after', 'resumed'):
+        for part in ('state_dict', 'ema_state_dict'):
+            assert_same(sharded[name][part], plain['before'][part], rtol=1e-5, atol=1e-6)
+    weight = plain['before']['state_dict']['decode_head.conv_seg.weight']
+    assert not torch.allclose(weight, plain['before']['ema_state_dict']['module.decode_head.conv_seg.weight'])
+    assert plain['before']['ema_state_dict']['steps'] == STEPS
+    model = build(test_cfg=LOGITS)
+    model.load_state_dict(plain['before']['state_dict'])  # what test.py and publish.py use
+    expected = model.val_step(batch(picture(64, 64)))[0].seg_logits.data
+    assert torch.allclose(plain['predictions'], expected, atol=1e-5)
+    assert torch.allclose(sharded['predictions'], expected, atol=1e-4)
+
+
 def test_the_state_functions_on_an_unsharded_model():
     model = build()
     wrapper = optimiser(model)
@@ -331,7 +393,7 @@ def test_sharding_by_command_line_option(tmp_path):
 
     def train(name: str, *options: str, start: str | None = None) -> Path:
         resume = ['--resume', tmp_path / start] if start else []
-        more = '--work-dir', tmp_path / name, *resume, '--cfg-options', *off, *options
+        more = '--ema', '--work-dir', tmp_path / name, *resume, '--cfg-options', *off, *options
         run('bash', 'tools/dist_train.sh', config, '2', *more, PORT=str(free_port()), OMP_NUM_THREADS='1')
         return tmp_path / name / 'iter_8.pth'
 

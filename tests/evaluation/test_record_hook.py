@@ -16,6 +16,7 @@ from small_runs import differences, small_config
 
 from mmseg_volo.engine.runner import VOLORunner, build_runner
 from mmseg_volo.evaluation import EvaluationRecordHook, iou_of
+from mmseg_volo.evaluation.boundary import boundary_counts
 from mmseg_volo.evaluation.metric import confusion_of
 from mmseg_volo.models.predictions import SAMPLE_STEP
 from mmseg_volo.report import write_report
@@ -117,7 +118,7 @@ def test_a_test_leaves_the_metric_it_printed(tmp_path, options):
     assert record['kind'] == 'test' and record['aug_test'] is options.get('tta', False)
     assert record['dataset']['pictures'] == len(record['pictures']) == PICTURES
     # Each image by itself, from the file that the metric saved of it.
-    scores = {}
+    scores, areas = {}, np.zeros((2, len(confusion)))
     for i, picture in enumerate(record['pictures']):
         predicted, truth = (
             torch.from_numpy(cv2.imread(str(tmp_path / f'{name}/{i}.png'), -1)).long() for name in ('out', 'labels')
@@ -127,6 +128,7 @@ def test_a_test_leaves_the_metric_it_printed(tmp_path, options):
         assert Path(picture['path']).name == Path(picture['truth']).name == f'{i}.png'
         assert picture['pixels'] == one.sum() and ('prediction' in picture) == ('truth_map' in picture)
         if one.sum():
+            areas += boundary_counts(predicted, truth, len(confusion))
             scores[i] = picture['mIoU']
             assert picture['mIoU'] == pytest.approx(iou_of(one)[one.sum(1) > 0].mean(), abs=1e-6)
             assert picture['accuracy'] == pytest.approx(np.trace(one) / one.sum(), abs=1e-6)
@@ -135,6 +137,9 @@ def test_a_test_leaves_the_metric_it_printed(tmp_path, options):
             found = [torch.from_numpy(cv2.imread(str(path), -1)).long() for path in kept]
             assert torch.equal(found[0], predicted) and torch.equal(found[1], truth)
     assert not confusion.any() and record['pictures'][-1]['mIoU'] is None
+    assert 100 * record['boundary']['mIoU'] == pytest.approx(100 * float(np.nanmean(areas[0] / areas[1])), abs=1e-3)
+    assert record['mIoU_of_pictures']['50%'] == pytest.approx(np.median([*scores.values()]), abs=1e-5)
+    assert f'boundary mIoU {100 * record["boundary"]["mIoU"]:.2f}' in log_of(runner)
     order = sorted(scores, key=scores.get)
     kept = {i for i, picture in enumerate(record['pictures']) if 'prediction' in picture}
     assert kept == {*order[:2], *order[-2:]}

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import runpy
+from ast import literal_eval
 from pathlib import Path
 
 import cv2
@@ -153,6 +155,13 @@ def test_command_reports_plots_and_ends_with_a_status(data, tool):
     status, output = tool(path, '--workers', '1')
     assert status == 0 and '0 faults, 0 warnings' in output
     assert 'train: 6 images, 6 labels read' in output and '| road ' in output
+    labels = np.concatenate([cv2.imread(str(one), -1).ravel() for one in (data / 'labels/train').iterdir()])
+    share = [(labels == c).sum() / (labels != 255).sum() for c in range(len(CLASSES))]
+    for name, power in (('fourth', 0.25), ('square', 0.5)):
+        weights = literal_eval(re.search(rf'class_weight=(\[.*\])  # {name} root', output)[1])
+        assert sum(w * p for w, p in zip(weights, share, strict=True)) == pytest.approx(1, abs=0.01)
+        rare, common = np.argmin(share), np.argmax(share)
+        assert weights[rare] / weights[common] == pytest.approx((share[common] / share[rare]) ** power, rel=0.02)
     plot = cv2.imread(str(data / 'work/check_data_train_val.png'))
     assert plot.shape[0] > 100 and len(np.unique(plot)) > 10
 
