@@ -227,6 +227,12 @@ class AtomicCheckpointHook(CheckpointHook):
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         name = name or self.filename_tmpl.format(step)
         path = Path(self.out_dir, name)
+        if not should_update(runner.optim_wrapper):
+            runner.logger.warning(
+                f'{name} is saved between two optimizer steps, without the gradients accumulated so far, so a run that '
+                'resumes from it will differ; set default_hooks.checkpoint.interval and train_cfg.val_interval to '
+                'multiples of optim_wrapper.accumulative_counts'
+            )
         self.last_ckpt = str(path)
         self._saved_step = step
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)

@@ -1,5 +1,6 @@
 """Checkpoints are written in a thread during training, and resuming finds the newest complete one."""
 
+import copy
 import datetime
 import errno
 import logging
@@ -198,6 +199,29 @@ def test_resuming_finds_checkpoints_by_their_template(tmp_path):
     runner = toy_run(tmp_path, [], template, resume=True)
     runner._find_resume_point()
     assert runner._load_from == str(tmp_path / 'step-4.pth')
+
+
+@pytest.mark.parametrize('interval', [2, 3])
+def test_accumulated_clipped_and_averaged_steps_resume_exactly(tmp_path, interval):
+    """Between two optimizer steps a checkpoint lacks the accumulated gradients, and the log says so."""
+    optim = dict(optimizer=dict(type='AdamW', lr=0.1), accumulative_counts=2, clip_grad=dict(max_norm=0.5))
+
+    def run(name: str, hooks: tuple = (), **options) -> VOLORunner:
+        hooks = [dict(type='VOLOEMAHook'), *hooks]
+        return toy_run(tmp_path / name, hooks, dict(interval=interval), optim_wrapper=copy.deepcopy(optim), **options)
+
+    run('whole').train()
+    with pytest.raises(Cut):
+        run('cut', [CutHook('after_train_iter', 5)]).train()
+    run('cut', resume=True).train()
+    one, two = (load_from_local(str(tmp_path / name / 'iter_8.pth')) for name in ('whole', 'cut'))
+    same = all(
+        torch.equal(value, two[part][name])
+        for part in ('state_dict', 'ema_state_dict')
+        for name, value in one[part].items()
+    )
+    logs = ''.join(path.read_text() for path in tmp_path.glob('whole/*/*.log'))
+    assert same == (interval == 2) and same == ('iter_3.pth is saved between two optimizer steps' not in logs)
 
 
 def test_a_signal_in_a_validation_of_averaged_weights(tmp_path):
