@@ -83,7 +83,6 @@ def check_model(config: Mapping, any_classes: bool = False) -> None:
     datasets = [] if any_classes else leaves(parts.datasets('test'))
     faults = chain(
         _data_faults(parts, 'test'),
-        *map(check_names, datasets),
         _model_faults(parts, datasets, training=False, predicts=True, guarded=False),
     )
     _raise(config, list(_missing(config)) or list(faults))

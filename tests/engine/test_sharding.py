@@ -397,8 +397,9 @@ def test_sharding_by_command_line_option(tmp_path):
         run('bash', 'tools/dist_train.sh', config, '2', *more, PORT=str(free_port()), OMP_NUM_THREADS='1')
         return tmp_path / name / 'iter_8.pth'
 
-    # No clipping: its gradient norm is summed in another order.
-    off.append('optim_wrapper.clip_grad=None')
+    # No clipping: its gradient norm is summed in another order. On a CPU, PyTorch's fused AdamW rounds the end of a
+    # tensor in another way, and shards end elsewhere.
+    off += ['optim_wrapper.clip_grad=None', 'optim_wrapper.optimizer.fused=False']
     plain, sharded = train('plain'), train('sharded', switch)
     assert not differences(sharded, plain)
     assert not differences(train('plain_sharded', switch, start='plain/iter_6.pth'), plain)
