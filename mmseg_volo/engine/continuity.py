@@ -6,6 +6,7 @@ step, or goes on with other learning rates without a word.
 
 import os
 
+from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict, _ParamScheduler
 from mmengine.runner import BaseLoop, Runner
 from torch.utils.data import Dataset
@@ -42,7 +43,8 @@ def check_continuity(runner: Runner, checkpoint: dict, source: str) -> None:
         source: the file's name.
 
     Raises:
-        CheckpointError: the optimizer, its parameter groups, the schedules or the classes are others.
+        CheckpointError: the optimizer, its parameter groups, the schedules or the classes are others; or the checkpoint
+            has averaged weights, which this run does not average.
     """
     if not isinstance(runner._train_loop, BaseLoop) or not isinstance(runner.optim_wrapper, OptimWrapper):
         return
@@ -53,6 +55,7 @@ def check_continuity(runner: Runner, checkpoint: dict, source: str) -> None:
             _other_optimizer(_wrappers(runner.optim_wrapper), checkpoint['optimizer'], note.get('optimizers') or {})
             or _other_schedules(_lists(runner.param_schedulers), checkpoint, note.get('schedules'))
             or _other_classes(runner.train_dataloader.dataset, checkpoint)
+            or _other_average(runner, checkpoint)
         )
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         problem = f'the state of its optimizer or its schedules is damaged ({error!r})'
@@ -148,6 +151,12 @@ def _other_classes(dataset: Dataset, checkpoint: dict) -> str | None:
         f'was trained on other classes than those of train_dataloader.dataset: {len(other)} of {len(own)}, such as '
         f'{other[0][0]!r} for {other[0][1]!r}'
     )
+
+
+def _other_average(runner: Runner, checkpoint: dict) -> str | None:
+    if 'ema_state_dict' in checkpoint and not any(isinstance(hook, EMAHook) for hook in runner.hooks):
+        return 'its state_dict holds averaged weights, which are not those that were trained; add --ema'
+    return None
 
 
 def _data_of(dataset: Dataset) -> dict:

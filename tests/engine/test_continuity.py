@@ -1,6 +1,7 @@
 """A checkpoint is resumed only by a run that continues it: optimizer, schedules and classes are compared first."""
 
 import logging
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,7 @@ def run(optimizer=None, schedules=('linear', 'poly'), data=None, end=8, **inputs
         optim_wrapper=optimizer,
         param_schedulers=[build[name]() for name in schedules] or None,
         train_dataloader=SimpleNamespace(dataset=SeededDataset(data or Data())),
+        hooks=[],
         model=SimpleNamespace(data_preprocessor=SegDataPreProcessor(**dict(mean=[1, 2, 3.3], std=[1, 1, 1]) | inputs)),
         logger=logging.getLogger('test_continuity'),
     )
@@ -144,6 +146,16 @@ def test_training_ends_before_any_step(tmp_path):
     with pytest.raises(CheckpointError, match=r'iter_6\.pth: was trained with AdamW, and this run uses SGD'):
         runner.train()
     assert all(torch.equal(*pair) for pair in zip(before, runner.model.parameters(), strict=True))
+
+
+def test_averaged_weights_are_not_trained_on(tmp_path):
+    toy_run(tmp_path / 'a', [dict(type='EMAHook')]).train()
+    for name in ('b', 'c'):
+        shutil.copytree(tmp_path / 'a', tmp_path / name)
+    with pytest.raises(CheckpointError, match=r'holds averaged weights, .* add --ema'):
+        toy_run(tmp_path / 'b', resume=True).train()
+    toy_run(tmp_path / 'c', [dict(type='VOLOEMAHook')], resume=True).train()  # either hook continues
+    toy_run(tmp_path / 'd', load_from=str(tmp_path / 'a/iter_8.pth')).train()
 
 
 def test_resuming_from_a_work_dir_takes_its_newest_checkpoint(tmp_path):
