@@ -19,13 +19,16 @@ def main() -> None:
     parser.add_argument(
         '--rates', nargs='+', type=float, default=[], help='learning rates to choose from, on held-out training images'
     )
-    parser.add_argument('--hold-out', type=int, default=5, help='every so many-th training image; default %(default)s')
+    parser.add_argument(
+        '--hold-out', type=int, default=5, metavar='N', help='hold out the last 1/N; default %(default)s'
+    )
+    parser.add_argument('--on-held-out', action='store_true', help='report on the held-out images, to choose a config')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/ablation'), help='default %(default)s')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     args = parser.parse_args()
     if args.hold_out < 2:
         parser.error('--hold-out must be 2 or more')
-    plan = Plan(args.work_dir, args.seeds, args.rates, args.hold_out, ['--amp'] * args.amp)
+    plan = Plan(args.work_dir, args.seeds, args.rates, args.hold_out, args.on_held_out, ['--amp'] * args.amp)
     print(compare(args.configs, plan))
 
 

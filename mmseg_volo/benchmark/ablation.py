@@ -32,7 +32,9 @@ class Plan:
         folder: of the runs' work dirs; a run that has ended there is not repeated.
         seeds: of the runs that are reported.
         rates: learning rates to choose from; empty for that of each config.
-        hold_out: every so many-th training image validates the choice.
+        hold_out: the last 1 / ``hold_out`` of the training images validate the choice. In a video they are other places
+            than the first ones, which neighbours of training frames would not be.
+        on_held_out: report the runs on the held-out images too, to choose between the configs.
         options: further arguments of ``tools/train.py``.
     """
 
@@ -40,6 +42,7 @@ class Plan:
     seeds: Sequence[int] = (0, 1, 2)
     rates: Sequence[float] = ()
     hold_out: int = 5
+    on_held_out: bool = False
     options: Sequence[str] = ()
 
 
@@ -55,7 +58,8 @@ def compare(configs: Sequence[Path], plan: Plan) -> str:
     scores, rates = {}, {}
     for path in configs:
         rates[path.stem] = _best_rate(path, plan)
-        scores[path.stem] = [_train(path, plan, f'seed{seed}', seed, rates[path.stem]) for seed in plan.seeds]
+        rate, name = rates[path.stem], 'held_out_seed' if plan.on_held_out else 'seed'
+        scores[path.stem] = [_train(path, plan, f'{name}{s}', s, rate, plan.on_held_out) for s in plan.seeds]
     return table(scores, rates)
 
 
@@ -107,17 +111,17 @@ def _train(path: Path, plan: Plan, name: str, seed: int, rate: float | None, hel
 
 
 def _held_out(path: Path, every: int) -> Config:
-    """The config with a part of its training images for validation."""
+    """The config with the last part of its training images for validation."""
     config = load_config(str(path))
     dataset = config.train_dataloader.dataset
     if 'dataset' in dataset or 'datasets' in dataset:
         raise ConfigError(f'{path}: train_dataloader.dataset is a wrapper; images can be held out of a plain one only')
     init_default_scope(config.get('default_scope') or 'mmseg')
     count = len(DATASETS.build(dataset))
-    validate = [i for i in range(count) if i % every == 0]
+    first = count - count // every
     pipeline = config.val_dataloader.dataset.pipeline
-    config.val_dataloader.dataset = dict(dataset, pipeline=pipeline, indices=validate)
-    dataset.indices = [i for i in range(count) if i % every]
+    config.val_dataloader.dataset = dict(dataset, pipeline=pipeline, indices=list(range(first, count)))
+    dataset.indices = list(range(first))
     return config
 
 
