@@ -73,6 +73,12 @@ class Evaluation:
                 if one['pixels']:
                     for key in ('pixels', 'low', 'high', 'confidence', 'accuracy'):
                         float(one[key])
+        self.percent = {  # shares beside the metrics: boundary IoU, quantiles of single images, calibration error
+            f'{part}.{key}': 100 * float(value)
+            for part in ('boundary', 'mIoU_of_pictures', 'calibration')
+            for key, value in self._dict(part).items()
+            if isinstance(value, (int, float))
+        }
         self.aug_test = bool(self.record.get('aug_test'))
         self.date = str(self.record.get('date', ''))
         self.images = [one for one in self.record.get('pictures', ()) if isinstance(one, dict)]
@@ -80,11 +86,6 @@ class Evaluation:
     def _dict(self, key: str) -> dict:
         found = self.record.get(key)
         return found if isinstance(found, dict) else {}
-
-    def percent(self, part: str, key: str) -> float | None:
-        """A share of the record in percent, None where it was not measured."""
-        value = self._dict(part).get(key)
-        return 100 * value if isinstance(value, (int, float)) else None
 
     @property
     def miou(self) -> float:

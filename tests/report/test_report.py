@@ -134,6 +134,8 @@ def write_record(stamp: Path, name: str = 'test', confusion=((90, 10), (40, 60))
             dict(path='gone/away.png', truth=None, mIoU=0.75, accuracy=0.9, **kept),
         ],
         calibration=dict(bins=[dict(low=0.8, high=0.9, pixels=200, confidence=0.85, accuracy=0.75)], ece=0.1, step=7),
+        boundary=dict(iou=[0.25, None], mIoU=0.125, ratio=0.02),
+        mIoU_of_pictures={'5%': 0.2, '50%': 0.5, '95%': 0.75},
         seconds_per_picture=0.25,
         environment=dict(torch='2.15.0', device='cpu'),
     )
@@ -178,6 +180,8 @@ def test_the_report_of_one_run(tmp_path):
     for text in (
         'VOLO d1 LeanUPerHead',
         'CamVidDataset, images/val',
+        'Boundary mIoU (%) 12.50 mIoU of single images (%), 5 % are below 20.00 … half are below 50.00',
+        'Calibration error (%) 10.00',
         'Best validation mIoU (%) 30.00',
         'Last validation mIoU (%) 25.00',
         'Training: seed 7',
@@ -269,12 +273,13 @@ def test_missing_and_broken_files_are_reported(tmp_path):
         dict(seconds_per_picture=10**400),
         dict(calibration=dict(ece=10**400, bins=[])),
         dict(pictures=5),
+        dict(boundary=dict(mIoU=10**400)),
     ]
     for number, record in enumerate(odd):
         write_record(stamp, f'test_{number}', **record)
     (stamp / 'evaluation/test_deep.json').write_text('[' * 100_000)
     page = page_of(folder)
-    assert all(f'test_{name}.json is ignored: no evaluation record' in page.text for name in (*range(6), 'deep'))
+    assert all(f'test_{name}.json is ignored: no evaluation record' in page.text for name in (*range(7), 'deep'))
     assert f'{len(bad)} broken lines are ignored' in page.text
     assert 'test.json is ignored: no evaluation record (the confusion matrix' in page.text
     assert 'run: not finite at 2 of 3 logged iterations (2, 3).' in page.text
