@@ -9,7 +9,7 @@ from . import fused
 from .reference import outlook_attention_reference
 from .slices import outlook_attention_slices
 
-__all__ = ['IMPLEMENTATIONS', 'outlook_attention']
+__all__ = ['IMPLEMENTATIONS', 'outlook_attention', 'use_fused_outlook']
 
 IMPLEMENTATIONS = 'auto', 'fused', 'reference', 'slices'
 
@@ -99,3 +99,6 @@ def _log(line: str) -> None:
 
 def _s(tensor: torch.Tensor) -> tuple:
     return tuple(tensor.shape)
+
+
+from .replacing import use_fused_outlook  # noqa: E402 - it imports the function above

@@ -23,7 +23,7 @@ def outlook_attention_slices(
         for i in range(k)
         for j in range(k)
     ]
-    windows = torch.stack([token.reshape(B, h, w, M, C // M) for token in tokens], dim=-2)  # B, h, w, M, K, D
+    windows = torch.stack([token.unflatten(-1, (M, C // M)) for token in tokens], dim=-2)  # B, h, w, M, K, D
     attn = (logits * scale).softmax(dim=-1)
     # Autocast may run softmax in float32; the product has the precision of the values.
     mixed = attn.to(windows.dtype) @ windows
@@ -34,14 +34,14 @@ def outlook_attention_slices(
         row = []
         for b in range(stride):
             parts = [
-                F.pad(mixed[..., i * k + j, :].reshape(B, h, w, C), (0, 0, dx, reach - 1 - dx, dy, reach - 1 - dy))
+                F.pad(mixed[..., i * k + j, :].flatten(-2), (0, 0, dx, reach - 1 - dx, dy, reach - 1 - dy))
                 for dy, i in enumerate(range(a, k, stride))
                 for dx, j in enumerate(range(b, k, stride))
             ]
             row.append(sum(parts[1:], parts[0]) if parts else v.new_zeros(B, h + reach - 1, w + reach - 1, C))
         rows.append(torch.stack(row, dim=3))
     cells = torch.stack(rows, dim=2)  # B, cell rows, stride, cell columns, stride, C
-    folded = cells.reshape(B, (h + reach - 1) * stride, (w + reach - 1) * stride, C)
+    folded = cells.flatten(3, 4).flatten(1, 2)
     missing = max(0, padding + H - (h + reach - 1) * stride), max(0, padding + W - (w + reach - 1) * stride)
     if any(missing):
         folded = F.pad(folded, (0, 0, 0, missing[1], 0, missing[0]))
