@@ -208,6 +208,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.set_defaults(prepare=with_stock(benchmark.BackboneCase), parser=sub)
     add_arch_argument(sub)
     add_network_options(sub)
+    sub.add_argument('--timm', action='store_true', help="our side is timm's VOLO with use_fused_outlook")
     sub.add_argument(
         '--cuda-graph', action='store_true', help='every side as a CUDA graph, without the time of launches'
     )

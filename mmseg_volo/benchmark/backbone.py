@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.volo import VOLO
+from ..ops import use_fused_outlook
 from .comparison import COMPILED, BatchComparison, Found, Settings, tensors_of
 from .inputs import noise
 from .machine import on_gpu
@@ -24,6 +25,7 @@ class BackboneCase(BatchComparison):
         compile: our side through ``torch.compile``.
         channels_last: our weights in that memory format.
         cuda_graph: every side as a CUDA graph, without the time that launching takes on the host.
+        timm: our side is timm's VOLO too, with :func:`mmseg_volo.ops.use_fused_outlook`.
         others: see :class:`BatchComparison`.
     """
 
@@ -31,6 +33,7 @@ class BackboneCase(BatchComparison):
     compile: bool = False
     channels_last: bool = False
     cuda_graph: bool = False
+    timm: bool = False
 
     NAME = 'backbone'
     SHORT_CALLS = True
@@ -44,12 +47,13 @@ class BackboneCase(BatchComparison):
 
     @staticmethod
     def label(row: dict) -> str:
-        options = [name for name in ('compile', 'channels_last', 'cuda_graph') if row[name]]
+        options = [name for name in ('compile', 'channels_last', 'cuda_graph', 'timm') if row[name]]
         return ', '.join([f'VOLO-{row["arch"].upper()}, batch {row["batch"]}, {row["precision"]}', *options])
 
     def build(self) -> dict[str, nn.Module]:
         models = {side: self._build(side) for side in ('stock', 'ours')}
-        models['stock'].load_backbone(models['ours'].state_dict())
+        if not self.timm:  # else both are timm's, of one seed
+            models['stock'].load_backbone(models['ours'].state_dict())
         return {side: self._ready(model, side) for side, model in models.items()}
 
     def build_alone(self, side: str) -> nn.Module:
@@ -62,8 +66,11 @@ class BackboneCase(BatchComparison):
     def _build(self, side: str) -> VOLO | TimmVOLO:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = (VOLO if side == 'ours' else TimmVOLO)(self.arch, img_size=self.size, out_norm=False)
+            kind = VOLO if side == 'ours' and not self.timm else TimmVOLO
+            model = kind(self.arch, img_size=self.size, out_norm=False)
             nn.init.trunc_normal_(model.pos_embed, std=0.02)
+        if side == 'ours' and self.timm:
+            use_fused_outlook(model)
         return model.eval()
 
     def _ready(self, model: nn.Module, side: str) -> nn.Module | Callable:

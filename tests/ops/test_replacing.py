@@ -145,3 +145,17 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True)
     assert '(1, 4, 4, 8)' in done.stdout and 'mmseg_volo.VOLO needs mmengine, mmcv, mmseg' in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [volo, MiVOLO])
+def test_openvino(make):
+    openvino = pytest.importorskip('openvino')
+    model = make().eval()
+    use_fused_outlook(model)
+    images = torch.randn(3, model.patch_embed.conv[0].in_channels, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+    converted = openvino.convert_model(model, example_input=images[:2])
+    compiled = openvino.Core().compile_model(converted, 'CPU', dict(INFERENCE_PRECISION_HINT='f32'))
+    torch.testing.assert_close(torch.from_numpy(compiled(images.numpy())[0]), expected, rtol=1e-4, atol=1e-4)
