@@ -12,10 +12,11 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmseg_volo/version.py').re
 OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentation>=1.4.0']
 DATA = ['cityscapesscripts>=2.2']
 EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
+OPENVINO = ['openvino>=2025.0']
 DEMO = ['gradio>=6.31,<7']
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
-TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
+TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *EXPORT, *OPENVINO, *DEMO, *DOCS, *TENSORBOARD]
 
 setup(
     name='mmseg_volo',
@@ -36,6 +37,7 @@ setup(
         'av>=17',
         'numba>=0.61',
         'numpy',
+        'scipy',
         'pillow',
         'matplotlib',
         'jinja2',
@@ -48,6 +50,7 @@ setup(
     extras_require={
         'data': DATA,
         'export': EXPORT,
+        'openvino': OPENVINO,
         'demo': DEMO,
         'docs': DOCS,
         'tensorboard': TENSORBOARD,

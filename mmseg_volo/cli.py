@@ -15,6 +15,7 @@ import torch.distributed
 from mmengine.config import DictAction
 
 from .errors import STOPPED_NOTE, USER_ERRORS, TrainingStopped
+from .models.onnx import RUNTIMES
 from .models.windows import PRECISIONS
 from .utils.opencv import quiet_opencv
 
@@ -67,6 +68,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='load what fits from a checkpoint of another model or other classes',
     )
+    parser.add_argument('--runtime', choices=RUNTIMES, help='what runs an ONNX file; default onnxruntime')
     parser.add_argument(
         '--window-batch', type=int, metavar='N', help='sliding windows per forward pass; default: chosen by their size'
     )

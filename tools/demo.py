@@ -16,6 +16,7 @@ from mmseg_volo.demo import check_installed
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
 from mmseg_volo.inference.sources import IMAGE_SUFFIXES, find_images
+from mmseg_volo.models.onnx import RUNTIMES, use_runtime
 from mmseg_volo.utils.config import load_config
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument(
         '--allow-mismatch', action='store_true', help='take a checkpoint of another model or other classes as it fits'
     )
+    parser.add_argument('--runtime', choices=RUNTIMES, help='what runs an ONNX file; default onnxruntime')
     args = parser.parse_args()
 
     check_installed()
@@ -41,7 +43,9 @@ def main() -> None:
 
     examples = _images(args.examples) if args.examples else []
     port = free_port(args.host, args.port)  # before the model is loaded, which takes long
-    predictor = Predictor(load_config(args.config), args.checkpoint, args.device, allow_mismatch=args.allow_mismatch)
+    config = load_config(args.config)
+    use_runtime(config, args.checkpoint, args.runtime)
+    predictor = Predictor(config, args.checkpoint, args.device, allow_mismatch=args.allow_mismatch)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with serve(
         SharedModel(predictor),

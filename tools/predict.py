@@ -12,6 +12,7 @@ from mmseg_volo.cli import add_inference_arguments, run_tool
 from mmseg_volo.config_check import check_model
 from mmseg_volo.inference.files import Recipe, predict_files
 from mmseg_volo.inference.video import VIDEO_FORMATS, VIDEO_SUFFIXES
+from mmseg_volo.models.onnx import use_runtime
 from mmseg_volo.utils.config import load_config
 from mmseg_volo.utils.signals import Stopped
 
@@ -89,6 +90,7 @@ def main() -> int:
         cuda_graph=args.cuda_graph,
     )
     config = load_config(args.config)
+    use_runtime(config, args.checkpoint, args.runtime)
     check_model(config, any_classes=True)
     recipe = Recipe(config, args.checkpoint, args.device, args.aug_test, options)
     try:

@@ -14,7 +14,7 @@ from mmseg_volo.engine.runner import build_runner
 from mmseg_volo.evaluation.prediction_files import leave_out_labels, save_overlays, save_predictions
 from mmseg_volo.inference.model import exported_config
 from mmseg_volo.inference.options import set_inference_options, use_tta
-from mmseg_volo.models.onnx import is_onnx
+from mmseg_volo.models.onnx import is_onnx, use_runtime
 from mmseg_volo.utils.config import load_config
 
 
@@ -30,6 +30,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = load_config(args.config, args.cfg_options, args.work_dir, args.launcher)
+    use_runtime(config, args.checkpoint, args.runtime)
     if is_onnx(args.checkpoint):
         config = exported_config(config, args.checkpoint, get_device(), args.allow_mismatch)
     else:

@@ -15,7 +15,7 @@ from .parts import Part
 # What StreamingEncoderDecoder reads of its test_cfg.
 _OPTIONS = (
     *('mode', 'crop_size', 'stride', 'window_batch', 'precision', 'compile', 'cuda_graph', 'channels_last'),
-    *('confidence', 'return_logits', 'allow_mismatch'),
+    *('confidence', 'return_logits', 'allow_mismatch', 'runtime'),
 )
 # Transforms that leave the size of an image as it is.
 _SAME_SIZE = {

@@ -1,6 +1,10 @@
-"""Run an exported ONNX file as the network of a segmentor, with the same windows, augmentation and metrics."""
+"""Run an exported ONNX file as the network of a segmentor, with the same windows, augmentation and metrics.
+
+onnxruntime or OpenVINO runs the file (``model.test_cfg.runtime``).
+"""
 
 import copy
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -23,7 +27,8 @@ METADATA_KEY = 'mmseg_volo'
 _LONGEST = 2**20  # characters of the metadata
 COARSE = 'coarse_logits'  # name of the output with the decode head's logits before upsampling
 # test_cfg options that the export has fixed, or that only PyTorch has.
-SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph'
+SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph', 'runtime'
+RUNTIMES = 'onnxruntime', 'openvino'
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
@@ -32,10 +37,24 @@ def is_onnx(checkpoint: object) -> bool:
     return str(checkpoint).lower().endswith('.onnx')
 
 
+def use_runtime(config: Config, checkpoint: object, runtime: str | None) -> None:
+    """Write what runs an ONNX file into ``model.test_cfg``, where :func:`with_onnx` reads it.
+
+    Raises:
+        ConfigError: the checkpoint is no ONNX file.
+    """
+    if runtime is None:
+        return
+    if not is_onnx(checkpoint):
+        raise ConfigError(f'--runtime {runtime}: {checkpoint} is no .onnx file; tools/export.py writes one')
+    config.model.test_cfg = {**(config.model.get('test_cfg') or {}), 'runtime': runtime}
+
+
 def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, dict]:
     """Replace the network in a segmentor's config by an ONNX file.
 
-    If the file has a fixed input size, the windows get this size.
+    If the file has a fixed input size, the windows get this size. ``model.test_cfg.runtime`` of the config says what
+    runs it, 'onnxruntime' (default) or 'openvino'.
 
     Args:
         config: the config that the file was exported with; it is not changed.
@@ -48,11 +67,12 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
     Raises:
         CheckpointError, ConfigError, FileNotFoundError: see :func:`open_onnx`.
     """
-    content = _as_checkpoint(open_onnx(path, device)[1])
-    about = content['meta']['exported']
     config = copy.deepcopy(config)
     model = config.model
-    model.backbone = dict(type='OnnxNetwork', path=str(path), device=str(device))
+    runtime = (model.get('test_cfg') or {}).get('runtime') or RUNTIMES[0]
+    content = _as_checkpoint(open_onnx(path, device, runtime=runtime)[1])
+    about = content['meta']['exported']
+    model.backbone = dict(type='OnnxNetwork', path=str(path), device=str(device), runtime=runtime)
     model.neck = model.auxiliary_head = model.pretrained = None
     model.decode_head = dict(
         type='OnnxHead',
@@ -82,59 +102,105 @@ def _as_checkpoint(about: dict) -> dict:
     return dict(meta=dict(dataset_meta=dataset_meta, exported=about))
 
 
-def check_packages(*names: str) -> None:
-    """Raise ConfigError if one of these packages of the extra ``export`` is not installed."""
+def check_packages(*names: str, extra: str = 'export') -> None:
+    """Raise ConfigError if one of these packages of an extra is not installed."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise ConfigError(f'ONNX needs {", ".join(missing)}: pip install -e ".[export]" in the clone')
+        raise ConfigError(f'ONNX needs {", ".join(missing)}: pip install -e ".[{extra}]" in the clone')
 
 
-def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0) -> tuple[Run, dict]:
+def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0, runtime: str = RUNTIMES[0]) -> tuple[Run, dict]:
     """Open an ONNX file.
 
     Args:
         path: a file written by ``tools/export.py``.
         device: 'cpu', 'cuda', 'cuda:1', ...; GPUs need onnxruntime-gpu.
         threads: threads per image; 0 takes PyTorch's number.
+        runtime: one of :data:`RUNTIMES`; OpenVINO runs on a CPU.
 
     Returns:
         A function from an input array to the two output arrays, and the file's metadata.
 
     Raises:
-        ConfigError: onnxruntime is not installed, or not for this device.
+        ConfigError: the runtime is not known, not installed, or not for this device.
         CheckpointError: the file is broken, or ``tools/export.py`` did not write it.
         FileNotFoundError: the file does not exist.
     """
-    check_packages('onnxruntime')
-    import onnxruntime
-
+    if runtime not in RUNTIMES:
+        raise ConfigError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
+    check_packages(runtime, extra='export' if runtime == RUNTIMES[0] else runtime)
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} does not exist')
-    device = torch.device(device)
-    provider = 'CUDAExecutionProvider' if device.type == 'cuda' else 'CPUExecutionProvider'
-    if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(f'onnxruntime has no {provider}: pip install onnxruntime-gpu, or use --device cpu')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    providers = [(provider, {'device_id': device.index or 0})] if device.type == 'cuda' else [provider]
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # onnxruntime has an exception class for each reason
-        raise CheckpointError(f'{path} is broken or not an ONNX file: {str(error).splitlines()[0]}') from error
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+    start = _start_openvino if runtime == 'openvino' else _start_onnxruntime
+    run, text, inputs, outputs = start(str(path), torch.device(device), threads or torch.get_num_threads())
     if text is None:
         raise CheckpointError(f'{path} was not written by tools/export.py: it has no metadata about classes')
     about = _metadata(text, path)
     names = [about['output'], COARSE]
-    missing = set(names) - {output.name for output in session.get_outputs()}
-    if missing or [value.name for value in session.get_inputs()] != ['image']:
+    if set(names) - set(outputs) or inputs != ['image']:
         raise CheckpointError(f'{path} was not written by tools/export.py: it has other inputs or outputs')
 
-    def run(image: np.ndarray, names: list[str] = names) -> list[np.ndarray]:
+    def run_named(image: np.ndarray, names: list[str] = names) -> list[np.ndarray]:
+        return run(image, names)
+
+    return run_named, about
+
+
+# What a runtime gives: a function from an image and names of outputs to these outputs, the metadata, and the names of
+# all inputs and outputs.
+_Started = tuple[Callable[[np.ndarray, list[str]], list[np.ndarray]], str | None, list[str], list[str]]
+
+
+def _start_onnxruntime(path: str, device: torch.device, threads: int) -> _Started:
+    import onnxruntime
+
+    provider = 'CUDAExecutionProvider' if device.type == 'cuda' else 'CPUExecutionProvider'
+    if provider not in onnxruntime.get_available_providers():
+        raise ConfigError(f'onnxruntime has no {provider}: pip install onnxruntime-gpu, or use --device cpu')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    providers = [(provider, {'device_id': device.index or 0})] if device.type == 'cuda' else [provider]
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime has an exception class for each reason
+        raise CheckpointError(f'{path} is broken or not an ONNX file: {str(error).splitlines()[0]}') from error
+    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+
+    def run(image: np.ndarray, names: list[str]) -> list[np.ndarray]:
         return session.run(names, {'image': image})
 
-    return run, about
+    return run, text, [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
+
+
+def _start_openvino(path: str, device: torch.device, threads: int) -> _Started:
+    import openvino
+
+    if device.type != 'cpu':
+        raise ConfigError(f'OpenVINO runs on the CPU here, not on {device}: use --device cpu')
+    core = openvino.Core()
+    try:
+        model = core.read_model(path)
+    except Exception as error:  # OpenVINO's own exceptions have no common class
+        raise CheckpointError(f'{path} is broken or not an ONNX file: {str(error).splitlines()[0]}') from error
+    place = ['framework', METADATA_KEY]
+    text = str(model.get_rt_info(place).value) if model.has_rt_info(place) else None
+    # Otherwise it computes in bfloat16 where the CPU has it.
+    options = dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY')
+
+    @functools.cache
+    def compiled(names: tuple[str, ...]) -> openvino.CompiledModel:
+        part = openvino.Model([model.output(name) for name in names], model.get_parameters())
+        return core.compile_model(part, 'CPU', options)
+
+    def run(image: np.ndarray, names: list[str]) -> list[np.ndarray]:
+        found = compiled(tuple(names))([image])
+        return [np.array(found[i]) for i in range(len(names))]
+
+    def names_of(ports: list) -> list[str]:
+        return [port.get_any_name() for port in ports]
+
+    return run, text, names_of(model.inputs), names_of(model.outputs)
 
 
 def _metadata(text: str, path: str | Path) -> dict:
@@ -171,24 +237,25 @@ def _metadata(text: str, path: str | Path) -> dict:
 
 @MODELS.register_module()
 class OnnxNetwork(BaseModule):
-    """Backbone and decode head in an ONNX file, run by onnxruntime.
+    """Backbone and decode head in an ONNX file.
 
     Takes normalised images (B, 3, H, W) and returns the decode head's logits, ((B, C, h, w),). If the file does not
     support the size, the images are padded with zeros at the right and the bottom.
 
     Args:
         path: a file written by ``tools/export.py``.
-        device: the device of onnxruntime.
+        device: the device of the runtime.
+        runtime: 'onnxruntime' or 'openvino'.
 
     Attributes:
         content: the file in the form of a checkpoint: no weights, and ``meta`` with ``dataset_meta`` (``classes``,
             ``palette``) and ``exported`` (size, precision and other metadata of ``tools/export.py``).
     """
 
-    def __init__(self, path: str, device: str = 'cpu'):
+    def __init__(self, path: str, device: str = 'cpu', runtime: str = RUNTIMES[0]):
         super().__init__()
-        self.path, self.device = path, device
-        self._run, self._about = open_onnx(path, device)
+        self.path, self.device, self.runtime = path, device, runtime
+        self._run, self._about = open_onnx(path, device, runtime=runtime)
         self.content = _as_checkpoint(self._about)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

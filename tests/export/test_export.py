@@ -99,13 +99,22 @@ def _data(image):
 
 
 @needs_torch
-@pytest.mark.parametrize('aug_test', [False, True])
-@pytest.mark.parametrize('mode', ['whole', 'slide'])
-def test_predictor_accepts_the_file_as_checkpoint(small, dynamic, mode, aug_test):
-    config, checkpoint = small
+@pytest.mark.parametrize(
+    ('mode', 'aug_test', 'runtime'),
+    [
+        ('whole', False, 'onnxruntime'),
+        ('whole', True, 'onnxruntime'),
+        ('slide', True, 'onnxruntime'),
+        ('whole', False, 'openvino'),
+        ('slide', True, 'openvino'),
+    ],
+)
+def test_predictor_accepts_the_file_as_checkpoint(small, dynamic, mode, aug_test, runtime):
+    pytest.importorskip(runtime)
+    config, checkpoint = Config(small[0].to_dict()), small[1]
+    config.model.test_cfg = dict(mode='whole', runtime=runtime)
     if mode == 'slide':
-        config = Config(config.to_dict())
-        config.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(43, 43))
+        config.model.test_cfg.update(mode='slide', crop_size=(64, 64), stride=(43, 43))
     ours, files = (Predictor(config, path, 'cpu', aug_test, confidence=True) for path in (checkpoint, dynamic))
     assert files.classes == ours.classes and files.palette == ours.palette
     for height, width in ((64, 128), (77, 201), (150, 33)):  # the pipeline resizes them
