@@ -16,7 +16,7 @@ OPENVINO = ['openvino>=2025.0']
 DEMO = ['gradio>=6.31,<7']
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
-TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *EXPORT, *OPENVINO, *DEMO, *DOCS, *TENSORBOARD]
+TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
 
 setup(
     name='mmseg_volo',
