@@ -25,6 +25,9 @@ class MiVOLO(TimmVOLO):
         super().__init__(**SMALL, in_chans=6, num_classes=3, img_size=64)
 
 
+SLOW_MIVOLO = pytest.param(MiVOLO, marks=pytest.mark.slow)
+
+
 def volo(**more) -> TimmVOLO:
     torch.manual_seed(0)
     return TimmVOLO(**{**SMALL, **dict(num_classes=5, img_size=64), **more})
@@ -45,7 +48,7 @@ def test_a_timm_model_computes_the_same():
         assert torch.equal(model(image), before)
 
 
-@pytest.mark.parametrize('make', [volo, MiVOLO])
+@pytest.mark.parametrize('make', [volo, SLOW_MIVOLO])
 def test_gradients_in_training(make):
     model = make().train()
     other = copy.deepcopy(model)
@@ -103,7 +106,7 @@ def test_torch_compile():
 
 
 @pytest.mark.parametrize('dynamo', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('make', [volo, MiVOLO])
+@pytest.mark.parametrize('make', [volo, SLOW_MIVOLO])
 def test_onnx_of_opset_17_with_any_batch_has_no_col2im(make, dynamo):
     onnx, runtime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
     model = make().eval()
