@@ -12,7 +12,7 @@ VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmseg_volo/version.py').re
 OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentation>=1.4.0']
 DATA = ['cityscapesscripts>=2.2']
 EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
-OPENVINO = ['openvino>=2025.0']
+OPENVINO = ['openvino>=2026.4']  # the oldest that was seen to refuse weights outside of the file's folder
 DEMO = ['gradio>=6.31,<7']
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']

@@ -28,7 +28,11 @@ def main() -> None:
     parser.add_argument(
         '--amp', action='store_true', help='mixed precision: bfloat16, or float16 on a GPU without bfloat16'
     )
-    parser.add_argument('--ema', action='store_true', help='average the weights over the last 1/32 of the iterations')
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help='validate and save a moving average of the weights; its mean age is 1/32 of the run',
+    )
     add_common_arguments(parser)
     args = parser.parse_args()
 

@@ -182,7 +182,8 @@ def _start_openvino(path: str, device: torch.device, threads: int) -> _Started:
     try:
         model = core.read_model(path)
     except Exception as error:  # OpenVINO's own exceptions have no common class
-        raise CheckpointError(f'{path} is broken or not an ONNX file: {str(error).splitlines()[0]}') from error
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith('Exception from')]
+        raise CheckpointError(f'{path} is broken or not an ONNX file: {" ".join(lines)}') from error
     place = ['framework', METADATA_KEY]
     text = str(model.get_rt_info(place).value) if model.has_rt_info(place) else None
     # Otherwise it computes in bfloat16 where the CPU has it.

@@ -104,6 +104,7 @@ def _data(image):
     [
         ('whole', False, 'onnxruntime'),
         ('whole', True, 'onnxruntime'),
+        ('slide', False, 'onnxruntime'),
         ('slide', True, 'onnxruntime'),
         ('whole', False, 'openvino'),
         ('slide', True, 'openvino'),
