@@ -16,6 +16,7 @@ CASE = {'arch', 'classes', 'height', 'width', 'window', 'stride', 'views', 'prec
 CASE |= {'compile', 'channels_last'}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_peer_is_the_same_network():
     case = InferenceCase(classes=7, size=(66, 72), window=64, stride=43)

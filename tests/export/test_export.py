@@ -141,8 +141,9 @@ def test_file_of_one_size_predicts_in_windows_of_it(small, fixed):
         files.with_options(precision='bf16')
 
 
+@pytest.mark.slow
 @needs_torch
-@pytest.mark.parametrize('format', [pytest.param('onnx', marks=pytest.mark.slow), 'pt2'])
+@pytest.mark.parametrize('format', ['onnx', 'pt2'])
 def test_half_precision(small, tmp_path, format):
     path = str(tmp_path / f'half.{format}')
     export_model(*small, path, format, size=(64, 64), precision='fp16')

@@ -52,7 +52,7 @@ def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('arch', ['d1', 'd2', 'd3', 'd4', pytest.param('d5', marks=pytest.mark.slow)])
 def test_stage_outputs_equal_timm(arch):
     theirs, ours = timm_pair(arch)
     x = torch.randn(1, 3, 224, 224)
