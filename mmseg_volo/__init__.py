@@ -57,7 +57,9 @@ __all__ = [
     'VOLOPyramid',
     'VOLORunner',
     '__version__',
+    'from_pretrained',
     'init_model',
+    'push_to_hub',
 ]
 
 
@@ -67,4 +69,8 @@ def __getattr__(name: str) -> object:
             f'mmseg_volo.{name} needs {", ".join(_MISSING)}, which are not installed (pip install mmseg_volo installs '
             'them); only mmseg_volo.ops works without them'
         )
+    if name in ('from_pretrained', 'push_to_hub'):  # imported on first use, with the model card and the hub's client
+        from .publish import hub
+
+        return getattr(hub, name)
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

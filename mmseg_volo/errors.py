@@ -27,6 +27,10 @@ class ExportError(RuntimeError):
     """An exported file is invalid or differs from the model; it was deleted."""
 
 
+class HubError(RuntimeError):
+    """The Hugging Face hub cannot be reached, refuses a request or lacks a file; the message says what to do."""
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is not finite and has not recovered."""
 
@@ -47,6 +51,7 @@ USER_ERRORS = (
     DataError,
     SaveError,
     ExportError,
+    HubError,
     TrainingDiverged,
     ProcessLost,
     OSError,  # the system's message names the file and the reason

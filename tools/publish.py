@@ -1,4 +1,4 @@
-"""Publish a checkpoint as a folder: tools/publish.py CHECKPOINT OUT [--license apache-2.0] [--config CONFIG]."""
+"""Publish a checkpoint as a folder: tools/publish.py CHECKPOINT OUT [--license apache-2.0] [--push-to USER/NAME]."""
 
 import argparse
 import os
@@ -9,6 +9,7 @@ if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ct
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 from mmseg_volo.cli import run_tool
+from mmseg_volo.publish.hub import check_push, push_to_hub
 from mmseg_volo.publish.publish import publish
 
 
@@ -26,9 +27,15 @@ def main() -> None:
     parser.add_argument(
         '--license', metavar='ID', help="identifier as the hub's: apache-2.0, cc-by-nc-4.0, other; default: none stated"
     )
+    parser.add_argument('--push-to', metavar='USER/NAME', help='repository on the Hugging Face hub that gets the files')
+    parser.add_argument('--private', action='store_true', help='with --push-to: the repository is private')
     args = parser.parse_args()
+    if args.private and not args.push_to:
+        parser.error('--private needs --push-to')
+    if args.push_to:
+        check_push(args.push_to)
 
-    done = publish(args.checkpoint, args.out, args.config, args.name, args.work_dir, args.license)
+    done = publish(args.checkpoint, args.out, args.config, args.name, args.work_dir, args.license, args.push_to)
     for note in done.notes:
         print(f'skipped {note}', file=sys.stderr)
     if not done.measured:
@@ -38,6 +45,8 @@ def main() -> None:
     if not args.license:
         print('no licence is stated, and the card says so; state one with --license', file=sys.stderr)
     print(f'{"already there, and the same" if done.unchanged else "published"}: {done.weights}, {done.safetensors}')
+    if args.push_to:
+        print(f'pushed: {push_to_hub(args.out, args.push_to, private=args.private or None)}')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,8 @@ import difflib
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -86,21 +87,27 @@ def load_checkpoint(source: str | Path, map_location: MapLocation = 'cpu') -> di
 
 
 def _read_safetensors(path: Path, map_location: MapLocation) -> dict:
+    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
+    with _open_safetensors(path, device) as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        meta = meta_of_texts(file.metadata() or {})
+    check_structure(meta, str(path), path.stat().st_size)
+    return dict(state_dict=weights, meta=meta) if meta else weights
+
+
+@contextmanager
+def _open_safetensors(path: Path, device: str | torch.device = 'cpu') -> Iterator:
     from safetensors import SafetensorError, safe_open
 
-    device = map_location if isinstance(map_location, (str, torch.device)) else 'cpu'
     with path.open('rb') as file:
         header = int.from_bytes(file.read(8), 'little')
     if _LARGEST_HEADER < header < path.stat().st_size:  # safetensors would read it for a minute
         raise CheckpointError(f'{path}: refused, because its header has {header / 2**20:.0f} MiB')
     try:
         with safe_open(path, 'pt', device=str(device)) as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            meta = meta_of_texts(file.metadata() or {})
+            yield file
     except SafetensorError as error:
         raise CheckpointError(f'{path}: {_BROKEN} ({error})') from error
-    check_structure(meta, str(path), path.stat().st_size)
-    return dict(state_dict=weights, meta=meta) if meta else weights
 
 
 def _check_is_file(path: Path) -> None:
@@ -120,6 +127,22 @@ def read_meta(path: Path) -> dict:
     content = _parse(path, 'cpu', mmap=zipfile.is_zipfile(path))
     meta = content.get('meta') if isinstance(content, dict) else None
     return meta if isinstance(meta, dict) else {}
+
+
+def read_config_text(path: Path) -> object:
+    """Read the config text in a checkpoint or a ``.safetensors`` file as it is; None if there is none.
+
+    It may hold code: read it with :func:`~mmseg_volo.checkpoints.config_gate.checked_config`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: the file is broken or unsafe.
+    """
+    if path.suffix != '.safetensors':
+        return read_meta(path).get('cfg')
+    _check_is_file(path)
+    with _open_safetensors(path) as file:
+        return (file.metadata() or {}).get('config')
 
 
 def is_readable(value: object) -> bool:

@@ -66,8 +66,9 @@ def model_card(facts: dict) -> str:
     """The README.md of a published model, with the hub's metadata at the top.
 
     Args:
-        facts: those of :func:`facts_of`, and ``name``, ``weights``, ``safetensors``, ``classes``, ``parameters``,
-            ``precision``, ``averaged``, ``best``, ``license``, ``hardware`` and ``results``.
+        facts: those of :func:`facts_of`, and ``name``, ``repo`` (on the hub, or None), ``weights``, ``safetensors``,
+            ``classes``, ``parameters``, ``precision``, ``averaged``, ``best``, ``license``, ``hardware`` and
+            ``results``.
     """
 
     def how(one: Result) -> str:
@@ -91,9 +92,9 @@ def model_card(facts: dict) -> str:
     tags = ['semantic-segmentation', *['volo'] * facts['is_volo'], _identifier(facts['head'])]
     data = ModelCardData(
         license=facts['license'],
-        library_name='mmsegmentation',
+        library_name='mmseg_volo',
         pipeline_tag='image-segmentation',
-        tags=[*tags, 'mmsegmentation', 'mmseg_volo', 'pytorch'],
+        tags=[*tags, 'mmsegmentation', 'pytorch'],
         datasets=[_identifier(facts['data'])] if facts['train'].get('type') else None,
         metrics=['mean_iou', 'accuracy'] if figures else None,
         model_name=facts['name'] if figures else None,

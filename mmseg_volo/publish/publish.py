@@ -31,6 +31,7 @@ from .shareable_config import as_text, check_nothing_private, read_config, share
 
 # torch.hub reads the hash between the first hyphen and a dot, so a name has no dots.
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_-]*')
+_HASHED = re.compile(r'-[0-9a-f]{8}\.(pth|safetensors)$')
 _TEXT_FILES = ('config.py', 'metafile.yml', 'README.md')
 
 
@@ -58,6 +59,7 @@ def publish(
     name: str | None = None,
     work_dir: str | Path | None = None,
     license: str | None = None,
+    repo: str | None = None,
 ) -> Published:
     """Write a folder that shares the model of a checkpoint.
 
@@ -74,6 +76,7 @@ def publish(
         work_dir: folder with the run's evaluations and logs. Default: the folder of the checkpoint.
         license: identifier as on the Hugging Face hub: 'apache-2.0', 'cc-by-nc-4.0', 'other'. None: the card says that
             no licence is stated.
+        repo: ``user/name`` of its repository on the hub, which the card loads it from.
 
     Raises:
         CheckpointError, FileNotFoundError: the checkpoint cannot be read safely, holds no segmentor, or does not fit
@@ -133,6 +136,7 @@ def publish(
             facts = dict(
                 known,
                 name=name,
+                repo=repo,
                 weights=files[0],
                 safetensors=files[1],
                 classes=classes,
@@ -301,10 +305,41 @@ def _move(folder: Path, out: Path, weights: Mapping[str, torch.Tensor]) -> bool:
 
 def _same_model(file: Path, weights: Mapping[str, torch.Tensor]) -> bool:
     """Whether a file is a published one with exactly these weights; a run's checkpoint holds more and never is."""
-    if not re.search(r'-[0-9a-f]{8}\.(pth|safetensors)$', file.name) or sha256(file)[:8] not in file.name:
+    if not _HASHED.search(file.name) or not _has_its_hash(file):
         return False
     try:
         state = as_checkpoint(load_from_local(str(file), 'cpu'))['state_dict']
     except (CheckpointError, OSError):
         return False
     return state.keys() == weights.keys() and all(torch.equal(value, weights[name]) for name, value in state.items())
+
+
+def _has_its_hash(file: Path) -> bool:
+    return file.stem.endswith(sha256(file)[:8])
+
+
+def published_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that :func:`publish` wrote, and of licence texts beside them.
+
+    The ``.pth`` file and ``metafile.yml`` may have been removed. Hidden files are left out.
+
+    Raises:
+        ConfigError: the folder has other files, lacks some, or has more than one model.
+        CheckpointError: a weight file does not have the SHA-256 that its name begins with.
+    """
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith('.'))
+    weights = [name for name in names if _HASHED.search(name)]
+    missing = [name for name in ('config.py', 'README.md') if name not in names]
+    if not any(name.endswith('.safetensors') for name in weights):
+        missing.append('.safetensors file with its hash in its name')
+    if missing:
+        raise ConfigError(f'{folder}: has no {missing[0]}, so tools/publish.py did not write it; publish a checkpoint')
+    foreign = [name for name in names if not (name in weights or name in _TEXT_FILES or name.startswith('LICENSE'))]
+    if foreign:
+        raise ConfigError(f'{folder}: holds {foreign[0]}, which is no part of a published model; move it elsewhere')
+    if len({Path(name).suffix for name in weights}) < len(weights):
+        raise ConfigError(f'{folder}: holds more than one model ({", ".join(weights)}); keep one')
+    broken = next((name for name in weights if not _has_its_hash(folder / name)), None)
+    if broken:
+        raise CheckpointError(f'{folder / broken}: is not the file that was published under this name; publish again')
+    return names

@@ -50,10 +50,24 @@ def read_config(path: str | None, embedded: object, source: Path) -> dict:
     if path is not None:
         return _plain(load_config(path).to_dict())
     remedy = 'give the one that it was trained with as --config FILE'
-    if not isinstance(embedded, str):
+    return foreign_config(embedded, str(source), remedy)
+
+
+def foreign_config(text: object, source: str, remedy: str) -> dict:
+    """Parse the config text of an unknown author; see :func:`read_config`.
+
+    Args:
+        text: the text; None or another object if there is none.
+        source: where it is from, for messages.
+        remedy: what a user can do without this text, for messages.
+
+    Raises:
+        ConfigError: there is no text, or it holds more than data.
+    """
+    if not isinstance(text, str):
         raise ConfigError(f'{source}: holds no config; {remedy}')
     try:
-        return checked_config(embedded)
+        return checked_config(text)
     except ConfigError as error:
         raise ConfigError(
             f'{source}: its config is refused ({error}), because it could run any code; {remedy}, if you trust it'
