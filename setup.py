@@ -42,7 +42,7 @@ setup(
         'matplotlib',
         'jinja2',
         'safetensors',
-        'huggingface_hub',
+        'huggingface_hub>=0.34',  # the oldest with the command that the messages name, hf auth login
         'prettytable',
         'rich',
         'tqdm',

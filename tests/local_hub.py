@@ -11,6 +11,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -25,6 +26,8 @@ _ROUTES = [
     ('GET', r'/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)', 'tree'),
     ('POST', r'/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)', 'preupload'),
     ('POST', r'/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)', 'commit'),
+    ('POST', r'/api/models/(?P<repo>[^/]+/[^/]+)/discussions', 'open'),
+    ('GET', r'/api/models/(?P<repo>[^/]+/[^/]+)/discussions/(?P<number>\d+)', 'discussion'),
     ('POST', r'/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch', 'batch'),
     ('PUT', r'/storage/(?P<oid>[0-9a-f]{64})', 'store'),
     ('POST', r'/storage/(?P<oid>[0-9a-f]{64})', 'verify'),
@@ -84,6 +87,10 @@ class LocalHub:
     def __exit__(self, *_) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """Variables for a process whose client uses this hub, with its cache in ``home`` and a token that may write."""
+        return dict(HF_ENDPOINT=self.url, HF_HOME=str(home), HF_TOKEN='hf_writes', HF_HUB_DISABLE_XET='1')
 
     def add(self, name: str, files: dict[str, bytes], **about: bool) -> Repository:
         """Add a repository with these files."""
@@ -270,6 +277,18 @@ class _Handler(BaseHTTPRequestHandler):
         if opens:
             answer['pullRequestUrl'] = f'{self.hub.url}/{repo}/discussions/{number}'
         self._answer(answer)
+
+    def _open(self, repo: str) -> None:
+        repository = self._repository(repo)
+        self._check_writes(repo.split('/')[0])
+        number = len(repository.refs)
+        repository.refs[f'refs/pr/{number}'] = repository.refs['main']
+        self._answer(dict(num=number))
+
+    def _discussion(self, repo: str, number: str) -> None:
+        title = dict(title='Upload', createdAt='2026-01-01T00:00:00.000Z', status='draft')
+        place = dict(repo=dict(name=repo, type='model'), events=[], changes=dict(base='refs/heads/main'))
+        self._answer(dict(title, num=int(number), isPullRequest=True, filesWithConflicts=[], **place))
 
     def _resolve(self, repo: str, revision: str, path: str) -> None:
         repository = self._repository(repo)

@@ -53,6 +53,7 @@ def facts(trained: dict | None = None, meta: dict | None = None, **changes) -> d
     trained = trained or config_of()
     others = dict(
         name='tiny',
+        repo=None,
         weights='tiny-01234567.pth',
         safetensors='tiny-89abcdef.safetensors',
         classes=['road', 'car'],
@@ -223,7 +224,7 @@ def test_the_metadata_is_the_hubs():
     data = ModelCard(model_card(facts(results=[result(), one]))).data
     assert (data.license, data.library_name, data.pipeline_tag) == (
         'apache-2.0',
-        'mmsegmentation',
+        'mmseg_volo',
         'image-segmentation',
     )
     names = [found.metric_name for found in data.eval_results]

@@ -2,11 +2,13 @@
 
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import run, tool
 from huggingface_hub import ModelCard, constants
 from local_hub import LocalHub
 from mmengine.config import Config
@@ -132,6 +134,9 @@ def test_files_inside_the_commit(use, published, trained, monkeypatch):
         push_to_hub(published, 'user/name')
         assert not hub.asked('PUT', '') and files(published).items() <= hub.repositories['user/name'].files.items()
         assert_same(from_pretrained('user/name', 'cpu'), trained)
+        there = hub.add('user/other', {})
+        assert push_to_hub(published, 'user/other', create_pr=True) == f'{hub.url}/user/other/discussions/1'
+        assert 'config.py' not in there.files and 'config.py' in there.commits[there.refs['refs/pr/1']]
 
 
 def test_a_new_push_replaces_the_model_and_nothing_else(hub, published, checkpoint, tmp_path, trained):
@@ -291,3 +296,37 @@ def test_the_metadata_passes_the_hubs_schema(published):
     head = yaml.safe_load((published / 'README.md').read_text().split('---')[1])
     assert head.keys() <= {'license', 'library_name', 'pipeline_tag', 'tags', 'datasets', 'metrics', 'model-index'}
     assert head['tags'] == ['semantic-segmentation', 'volo', 'upernet', 'mmsegmentation', 'pytorch']
+
+
+THREE_LINES = """
+import sys, torch, mmseg_volo
+
+checkpoint, config, first = sys.argv[1:]
+print(mmseg_volo.push_to_hub(checkpoint, 'user/second', license='apache-2.0'))
+image = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    expected = mmseg_volo.init_model(config, checkpoint, 'cpu')(image)
+    assert all(torch.equal(mmseg_volo.from_pretrained(name, 'cpu')(image), expected) for name in (first, 'user/second'))
+"""
+
+
+@pytest.mark.slow
+def test_the_tool_and_three_lines(checkpoint, tmp_path):
+    """In processes of their own, whose client reads HF_ENDPOINT and HF_TOKEN as a user sets them."""
+    config, out = tmp_path / 'config.py', tmp_path / 'out'
+    config.write_text(CONFIG)
+    push = [checkpoint, out, '--license', 'apache-2.0', '--push-to']
+    with LocalHub() as hub:
+        env = hub.environment(tmp_path / 'home')
+        said = tool('publish.py', *push, 'other/first', fails=True, **env).splitlines()[-1]
+        assert said.startswith('error: other/first: this token may not push it (') and not hub.repositories
+        said = tool('publish.py', *push, 'user/first', '--private', **env)
+        there = hub.repositories['user/first']
+        assert there.private and f'\npushed: {hub.url}/user/first/commit/{there.refs["main"]}\n' in said
+        assert files(out).items() <= there.files.items()
+        said = run(sys.executable, '-W', 'ignore', '-c', THREE_LINES, checkpoint, config, 'user/first', **env)
+        assert f'{hub.url}/user/second/commit/' in said
+        env['HF_TOKEN'] = ''
+        said = tool('publish.py', checkpoint, tmp_path / 'never', '--push-to', 'user/third', fails=True, **env)
+        assert said.splitlines()[-1].startswith('error: user/third: pushing needs a token with write access: log in')
+        assert not (tmp_path / 'never').exists() and len(hub.repositories) == 2

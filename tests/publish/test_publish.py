@@ -260,7 +260,7 @@ def test_the_card_states_the_evaluation(published, run, checkpoint):
     assert (data.license, data.pipeline_tag, data.library_name) == (
         'apache-2.0',
         'image-segmentation',
-        'mmsegmentation',
+        'mmseg_volo',
     )
     (record,) = (json.loads(path.read_text()) for path in run.glob('*/evaluation/val_iter_2.json'))
     miou, iou = confusion_figures(record)
