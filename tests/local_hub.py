@@ -48,7 +48,8 @@ class Repository:
 
     def commit(self, files: dict[str, bytes], ref: str = 'main', message: str = 'initial commit') -> str:
         """Make these the files of a branch; returns the commit."""
-        oid = hashlib.sha1(repr((len(self.commits), message, sorted(files.items()))).encode()).hexdigest()
+        content = sorted((path, _git_oid(data)) for path, data in files.items())
+        oid = hashlib.sha1(repr((len(self.commits), message, content)).encode()).hexdigest()
         self.commits[oid], self.refs[ref] = files, oid
         self.messages.append(message)
         return oid

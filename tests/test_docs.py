@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from drawn_videos import draw_video
+from local_hub import LocalHub
 from markdown_it import MarkdownIt
 from mmengine.config import Config
 from mmseg.registry import MODELS
@@ -326,10 +327,17 @@ default_hooks = dict(checkpoint=dict(interval=3))
 """
 
 
+@pytest.fixture
+def local_hub():
+    with LocalHub() as hub:
+        yield hub
+
+
 @pytest.mark.slow
-def test_the_commands_run(place):
+def test_the_commands_run(place, local_hub):
     """Each command that is marked with this test's name, in the order of the pages, and that it leaves what it says."""
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    env.update(local_hub.environment(place / 'home'))
     ran = 0
     for page in (ROOT / 'docs' / f'{name}.md' for name in RUN):
         for block in blocks(page):

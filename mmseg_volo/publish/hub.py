@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -186,7 +186,7 @@ def _download(
     """Download the config and the weights of a repository, or find them in the cache; returns their folder."""
     if not isinstance(source, str) or not _is_repository(source) or source.endswith(('.safetensors', '.pth')):
         raise FileNotFoundError(f'{source} does not exist: expected a folder, a file, or user/name on the hub')
-    repo_id = source
+    repo_id, local_only = source, local_only or constants.HF_HUB_OFFLINE
     api, wanted, unreachable = _api(token), [_CONFIG, '*.safetensors'], None
     if not local_only:
         try:
@@ -206,8 +206,9 @@ def _download(
             local_files_only=local_only or unreachable is not None,
         )
     except Exception as error:
-        if unreachable is None and local_only:
-            raise HubError(f'{repo_id}: is not in the cache; load it once without local_files_only') from error
+        if local_only:
+            remedy = 'load it once without local_files_only and HF_HUB_OFFLINE'
+            raise HubError(f'{repo_id}: is not in the cache; {remedy}') from error
         raise HubError(_explained(unreachable or error, api, repo_id, revision, 'load')) from error
     if unreachable is not None:
         print_log(f'{repo_id}: loaded from the cache, because {_failure(unreachable, api)}', 'current', logging.WARNING)

@@ -249,15 +249,19 @@ def test_pushing_is_refused(hub, published, checkpoint, monkeypatch, tmp_path):
     assert len(hub.requests) == asked
 
 
-def test_no_network(use, published):
+def test_no_network(use, published, monkeypatch):
     use('http://127.0.0.1:9')
     failure = r'^user/name: the request to the hub at http://127.0.0.1:9 failed \(Connect\w+: .*\); nothing was {}ed$'
     with pytest.raises(HubError, match=failure.format('load')):
         from_pretrained('user/name')
     with pytest.raises(HubError, match=failure.format('push')):
         push_to_hub(published, 'user/name')
-    with pytest.raises(HubError, match=r'^user/name: is not in the cache; load it once without local_files_only$'):
+    absent = '^user/name: is not in the cache; load it once without local_files_only and HF_HUB_OFFLINE$'
+    with pytest.raises(HubError, match=absent):
         from_pretrained('user/name', local_files_only=True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(HubError, match=absent):
+        from_pretrained('user/name')
 
 
 def test_the_config_of_a_stranger_runs_nothing(hub, published, tmp_path, trained):
