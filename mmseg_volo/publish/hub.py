@@ -203,6 +203,7 @@ def _download(
             revision=revision,
             cache_dir=cache_dir,
             allow_patterns=wanted,
+            ignore_patterns='*/*',
             local_files_only=local_only or unreachable is not None,
         )
     except Exception as error:

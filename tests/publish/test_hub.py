@@ -292,6 +292,7 @@ def test_the_config_of_a_stranger_runs_nothing(hub, published, tmp_path, trained
     refused('cut off', CheckpointError, **{weights.name: weights.read_bytes()[:-100]})
     hub.add('user/name', {**files(published), f'x/{weights.name}': b'of another tool'})
     assert_same(from_pretrained('user/name', 'cpu'), trained)
+    assert_same(from_pretrained('user/name', 'cpu', local_files_only=True), trained)
     assert not hub.asked('GET', '/x/') and not hub.asked('GET', '.pth')
 
 
