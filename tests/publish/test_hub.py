@@ -296,8 +296,7 @@ def test_the_config_of_a_stranger_runs_nothing(hub, published, tmp_path, trained
     assert not hub.asked('GET', '/x/') and not hub.asked('GET', '.pth')
 
 
-def test_the_metadata_passes_the_hubs_schema(published):
-    """The keys that the hub's model cards have, as ModelCardData writes them."""
+def test_the_metadata_has_the_hubs_keys(published):
     head = yaml.safe_load((published / 'README.md').read_text().split('---')[1])
     assert head.keys() <= {'license', 'library_name', 'pipeline_tag', 'tags', 'datasets', 'metrics', 'model-index'}
     assert head['tags'] == ['semantic-segmentation', 'volo', 'upernet', 'mmsegmentation', 'pytorch']
