@@ -52,7 +52,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--precision',
         choices=list(PRECISIONS),
-        help='precision of the network; bf16 and fp16 use autocast',
+        help='precision of the network; bf16 and fp16 use autocast; of an ONNX file bf16 with --runtime openvino',
     )
     parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
     parser.add_argument(

@@ -30,7 +30,15 @@ def main() -> None:
         help='input size in pixels; default: that of the test windows in the config, or of its training crops',
     )
     shape.add_argument('--dynamic', action='store_true', help='accept all heights and widths that are multiples of 16')
-    parser.add_argument('--precision', choices=['fp32', 'fp16'], default='fp32', help='of weights and arithmetic')
+    parser.add_argument(
+        '--precision',
+        choices=['fp32', 'fp16', 'int8'],
+        default='fp32',
+        help='of weights and arithmetic; int8: ONNX files for CPUs',
+    )
+    parser.add_argument(
+        '--calibrate', nargs='+', default=[], metavar='P', help='images for int8; default: training data of the config'
+    )
     parser.add_argument(
         '--with-preprocess', action='store_true', help='accept images (B, H, W, 3), BGR, uint8, as OpenCV reads them'
     )
@@ -56,6 +64,7 @@ def main() -> None:
         args.output,
         args.pictures,
         args.allow_mismatch,
+        args.calibrate,
     )
 
 

@@ -63,7 +63,7 @@ class SharedModel:
             predictor.predict(predictor.prepare(np.zeros((64, 64, predictor.channels), np.uint8)), stop)
         except Stopped:
             return True
-        except (RuntimeError, NotImplementedError):  # the device lacks an operator in this precision
+        except (RuntimeError, NotImplementedError, ConfigError):  # the device lacks an operator in this precision
             return False
         return True
 

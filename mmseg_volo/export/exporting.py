@@ -1,5 +1,6 @@
 """Export a trained model to a file and compare the file with the model; ``tools/export.py`` is its command line."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..inference.model import init_model
+from ..inference.sources import find_images
 from ..models.onnx import STEP, check_packages, open_onnx
 from ..models.windows import has_plain_head
 from ..utils.files import atomic_write, part_of
@@ -18,6 +20,7 @@ from ..version import __version__
 from .checks import check_onnx, compare, judge, sample_images, sizes_to_check
 from .formats import FORMATS, OPSET, open_pt2, trace, write_onnx, write_pt2
 from .network import ExportNetwork, exportable, swaps_channels
+from .quantization import calibration_images, measure_loss, quantize
 from .tensorrt import TENSORRT
 
 _LEAST_TORCH = (2, 8)
@@ -35,6 +38,7 @@ def export_model(
     output: str = 'logits',
     pictures: Sequence[str] = (),
     allow_mismatch: bool = False,
+    calibrate: Sequence[str] = (),
 ) -> None:
     """Write a model to a file and check the file. If a check fails, the file is removed.
 
@@ -44,11 +48,13 @@ def export_model(
         format: 'onnx' (opset 17) or 'pt2' (:func:`torch.export.save`).
         size: (height, width) of the input in pixels; default: that of the test windows or training crops in the config.
         dynamic: accept all heights and widths that are multiples of 16. The batch size is always open.
-        precision: 'fp32', or 'fp16' for weights and arithmetic; inputs and outputs stay float32.
+        precision: 'fp32', 'fp16' for weights and arithmetic, or for an ONNX file 'int8' (:mod:`.quantization`); inputs
+            and outputs stay float32.
         preprocess: normalise in the file; see :class:`~mmseg_volo.export.network.ExportNetwork`.
         output: 'logits' or 'classes'; see :class:`~mmseg_volo.export.network.ExportNetwork`.
         pictures: image files, folders or patterns for the comparison; default: the test data of the config.
         allow_mismatch: accept checkpoints of other models or classes.
+        calibrate: image files, folders or patterns to calibrate int8 on; default: training images of the config.
 
     Raises:
         CheckpointError, FileNotFoundError: see :func:`~mmseg_volo.inference.model.init_model`.
@@ -56,10 +62,14 @@ def export_model(
         ExportError: the file failed a check.
         OSError: the file cannot be written.
     """
-    _check_request(out, format, size)
+    _check_request(out, format, size, precision)
     if allow_mismatch:
         config.model.test_cfg = {**(config.model.get('test_cfg') or {}), 'allow_mismatch': True}
     export_config = exportable(config)
+    int8 = precision == 'int8'
+    if int8:
+        precision = 'fp32'  # until the file is quantized
+        to_calibrate, source_of_these = calibration_images(config, calibrate)
     size = size or _default_size(config)
     path = Path(out)
     try:  # report an unwritable file before the work
@@ -67,7 +77,8 @@ def export_model(
         part_of(path).touch()
     except OSError as error:
         raise OSError(error.errno, f'the file cannot be written ({error.strerror}); give another --out', out) from error
-    with atomic_write(path) as part:
+    with atomic_write(path) as part, tempfile.TemporaryDirectory() as folder:
+        written = Path(folder) / 'float32.onnx' if int8 else part
         segmentor = init_model(config, checkpoint, 'cpu')
         _check_model(segmentor, preprocess)
         twin = init_model(export_config, device='cpu')
@@ -78,16 +89,16 @@ def export_model(
         print_log(f'exporting {_describe(about)}', logger='current')
         program = trace(network, _example(size) if dynamic else size, dynamic)
         if format == 'onnx':
-            write_onnx(program, network, about, part)
+            write_onnx(program, network, about, written)
             del program
-            operators = check_onnx(part)
+            operators = check_onnx(written)
             names = ', '.join(f'{name} ({count})' for name, count in operators.items())
             print_log(
                 f'onnx.checker and shape inference pass, opset {OPSET}; TensorRT {TENSORRT} supports all '
                 f'{len(operators)} operators: {names}',
                 logger='current',
             )
-            run = open_onnx(part)[0]
+            run = open_onnx(written)[0]
         else:
             digest = write_pt2(program, about, part)
             del program
@@ -95,14 +106,22 @@ def export_model(
         images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
+        if int8:
+            del segmentor, twin, network, run  # room for the calibration
+            print_log(f'quantizing to int8, calibrated on {len(to_calibrate)} {source_of_these}', logger='current')
+            quantize(written, part, config, to_calibrate)
+            check_onnx(part, tensorrt=False)
+            measure_loss(config, written, part, list(find_images(pictures)) if pictures else ())
     print_log(f'{path}: {path.stat().st_size / 1e6:.1f} MB', logger='current')
 
 
-def _check_request(out: str, format: str, size: tuple[int, int] | None) -> None:
+def _check_request(out: str, format: str, size: tuple[int, int] | None, precision: str) -> None:
     if format == 'onnx':
         check_packages('onnx', 'onnxscript', 'onnxruntime')
     if Path(out).suffix != FORMATS[format]:
         raise ConfigError(f'--out {out}: the name of a {format} file must end with {FORMATS[format]}')
+    if precision == 'int8' and format != 'onnx':
+        raise ConfigError(f'--precision int8 is for ONNX files, not for {format}')
     if Path(out).is_dir():
         raise ConfigError(f'--out {out} is a folder; give a file name in it')
     if size is not None and min(size) < 32:

@@ -11,7 +11,7 @@ from mmseg.registry import MODELS
 
 from ..config_check import check_tta_pipeline
 from ..errors import ConfigError
-from ..models.onnx import SETTLED
+from ..models.onnx import is_settled
 from ..models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
 from ..utils.unwrap import bare_datasets, class_of
 
@@ -57,9 +57,13 @@ def set_inference_options(
         options['cuda_graph'] = cuda_graph
     if not options:
         return
-    if config.model.backbone.type == 'OnnxNetwork' and (settled := [name for name in options if name in SETTLED]):
+    backbone = config.model.backbone
+    if backbone.type == 'OnnxNetwork' and (
+        settled := [name for name, value in options.items() if is_settled(name, value, backbone.runtime)]
+    ):
         raise ConfigError(
-            f'{", ".join(settled)}: fixed when the ONNX file was exported; leave it out, or give the .pth checkpoint'
+            f'{", ".join(settled)}: fixed when the ONNX file was exported; leave it out, or give the .pth checkpoint '
+            '(--runtime openvino takes --precision bf16)'
         )
     needed, key = (StreamingTTAModel, 'tta_model') if aug_test else (StreamingEncoderDecoder, 'model')
     if not _is_a(given := config.get(key), needed):

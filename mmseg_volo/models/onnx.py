@@ -27,9 +27,17 @@ METADATA_KEY = 'mmseg_volo'
 _LONGEST = 2**20  # characters of the metadata
 COARSE = 'coarse_logits'  # name of the output with the decode head's logits before upsampling
 # test_cfg options that the export has fixed, or that only PyTorch has.
-SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph', 'runtime'
+_SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph', 'runtime'
 RUNTIMES = 'onnxruntime', 'openvino'
+_HINTS = {'fp32': 'f32', 'bf16': 'bf16'}  # OpenVINO's names of the precisions that it computes in
 Run = Callable[[np.ndarray], list[np.ndarray]]
+
+
+def is_settled(option: str, value: object, runtime: str) -> bool:
+    """Whether an option of ``model.test_cfg`` cannot be chosen for a network in an ONNX file."""
+    if option == 'precision' and runtime == 'openvino':
+        return value not in _HINTS
+    return option in _SETTLED
 
 
 def is_onnx(checkpoint: object) -> bool:
@@ -81,7 +89,7 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
         threshold=about['threshold'],
         align_corners=about['align_corners'],
     )
-    test_cfg = {k: v for k, v in (model.get('test_cfg') or {}).items() if k not in SETTLED}
+    test_cfg = {k: v for k, v in (model.get('test_cfg') or {}).items() if not is_settled(k, v, runtime)}
     if about['size']:
         size = tuple(about['size'])
         if test_cfg.get('mode') != 'slide' or tuple(test_cfg['crop_size']) != size:
@@ -186,16 +194,19 @@ def _start_openvino(path: str, device: torch.device, threads: int) -> _Started:
         raise CheckpointError(f'{path} is broken or not an ONNX file: {" ".join(lines)}') from error
     place = ['framework', METADATA_KEY]
     text = str(model.get_rt_info(place).value) if model.has_rt_info(place) else None
-    # Otherwise it computes in bfloat16 where the CPU has it.
-    options = dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY')
+    options = dict(INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY')
 
     @functools.cache
-    def compiled(names: tuple[str, ...]) -> openvino.CompiledModel:
+    def compiled(names: tuple[str, ...], precision: str) -> openvino.CompiledModel:
         part = openvino.Model([model.output(name) for name in names], model.get_parameters())
-        return core.compile_model(part, 'CPU', options)
+        try:
+            return core.compile_model(part, 'CPU', {**options, 'INFERENCE_PRECISION_HINT': _HINTS[precision]})
+        except RuntimeError as error:  # such as an int8 file in bfloat16
+            raise ConfigError(f'OpenVINO cannot run {path} in {precision} on this CPU') from error
 
     def run(image: np.ndarray, names: list[str]) -> list[np.ndarray]:
-        found = compiled(tuple(names))([image])
+        bf16 = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
+        found = compiled(tuple(names), 'bf16' if bf16 else 'fp32')([image])
         return [np.array(found[i]) for i in range(len(names))]
 
     def names_of(ports: list) -> list[str]:
@@ -241,7 +252,8 @@ class OnnxNetwork(BaseModule):
     """Backbone and decode head in an ONNX file.
 
     Takes normalised images (B, 3, H, W) and returns the decode head's logits, ((B, C, h, w),). If the file does not
-    support the size, the images are padded with zeros at the right and the bottom.
+    support the size, the images are padded with zeros at the right and the bottom. OpenVINO computes in bfloat16 under
+    autocast to bfloat16, else in float32.
 
     Args:
         path: a file written by ``tools/export.py``.

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,7 @@ from small_models import ARCH
 from small_runs import write_config
 
 from mmseg_volo.errors import CheckpointError, ConfigError, ExportError
-from mmseg_volo.export import checks, exporting, formats, network, tensorrt
+from mmseg_volo.export import checks, exporting, formats, network, quantization, tensorrt
 from mmseg_volo.export.exporting import export_model
 from mmseg_volo.inference import Predictor
 from mmseg_volo.inference.model import init_model
@@ -189,6 +190,45 @@ def test_operators_opset_and_metadata_of_the_file(small, fixed, dynamic):
         assert {o.domain: o.version for o in model.opset_import} == {'': 17} and not model.functions
         about = json.loads(next(p.value for p in model.metadata_props if p.key == 'mmseg_volo'))
         assert about['classes'][0] == 'road' and len(about['palette']) == len(about['classes'])
+
+
+@needs_torch
+def test_onnxruntime_replaces_every_gelu_by_one_operator(fixed, tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / 'optimized.onnx')
+    onnxruntime.InferenceSession(fixed, options, providers=['CPUExecutionProvider'])
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / 'optimized.onnx').graph.node)
+    assert not kinds['Erf'] and kinds['Gelu'] + kinds['BiasGelu'] == 5  # the MLPs
+
+
+@needs_torch
+def test_int8(small, fixed, tmp_path, caplog):
+    config, path = small[0], tmp_path / 'int8.onnx'
+    images = [tmp_path / f'{i}.png' for i in range(6)]
+    for i, image in enumerate(images):
+        cv2.imwrite(str(image), smooth_image(64, 96, i))
+    quantization.quantize(Path(fixed), path, config, images)
+    assert checks.check_onnx(path, tensorrt=False)['DequantizeLinear'] > 30
+    model = onnx.load(path)
+    made_by = {output: node for node in model.graph.node for output in node.output}
+    after, before = (
+        {i.name: onnx.numpy_helper.to_array(i) for i in m.graph.initializer} for m in (model, onnx.load(fixed))
+    )
+    quantized = {}  # weights: the nearest of 255 levels for each output channel
+    for node in model.graph.node:
+        weights = made_by.get(node.input[1]) if node.op_type in ('Conv', 'MatMul') else None
+        if weights is not None and weights.input[0] in after:
+            name = weights.input[0].removesuffix('_quantized')
+            quantized[name], scale = (after[one].astype(np.float64) for one in weights.input[:2])
+            axis = 0 if node.op_type == 'Conv' else 1
+            scale = scale.reshape([-1 if i == axis else 1 for i in range(quantized[name].ndim)])
+            if name in before:
+                assert np.all(np.abs(quantized[name] * scale - before[name]) <= 0.5001 * scale)
+    assert sum(weight.size for weight in quantized.values()) > 0.85 * sum(weight.size for weight in before.values())
+    predictors = [Predictor(config, p, 'cpu') for p in (fixed, str(path))]
+    for image in images:
+        first, second = (predictor(cv2.imread(str(image))) for predictor in predictors)
+        assert (first == second).mean() > 0.9
 
 
 def test_operators_that_tensorrt_does_not_support_are_named(tmp_path):
