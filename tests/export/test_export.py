@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -129,6 +130,22 @@ def test_predictor_accepts_the_file_as_checkpoint(small, dynamic, mode, aug_test
 
 
 @needs_torch
+def test_openvino_computes_in_bfloat16_on_request(small, dynamic):
+    openvino = pytest.importorskip('openvino')
+    config = Config(small[0].to_dict())
+    config.model.test_cfg = dict(mode='whole', runtime='openvino')
+    full = Predictor(config, dynamic, 'cpu', confidence=True)
+    asked = Predictor(config, dynamic, 'cpu', confidence=True, precision='bf16')
+    for half in (asked, full.with_options(confidence=True, precision='bf16')):
+        first, second = (p.predict(p.prepare(smooth_image(64, 128))) for p in (full, half))
+        assert (first.classes == second.classes).mean() > 0.95
+        has_bf16 = 'BF16' in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+        assert np.array_equal(first.confidence, second.confidence) != has_bf16
+    with pytest.raises(ConfigError, match='precision: fixed when the ONNX file was exported'):
+        full.with_options(precision='fp16')
+
+
+@needs_torch
 def test_file_of_one_size_predicts_in_windows_of_it(small, fixed):
     config, checkpoint = small
     windows = Config(config.to_dict())
@@ -153,6 +170,28 @@ def test_half_precision(small, tmp_path, format):
         assert onnx.TensorProto.FLOAT not in kinds and onnx.TensorProto.FLOAT16 in kinds
     else:
         assert {p.dtype for p in torch.export.load(path).parameters()} == {torch.float16}
+
+
+@pytest.mark.slow
+@needs_torch
+def test_int8_is_measured_and_refused_if_it_differs_too_much(small, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(quantization, 'print_log', lambda line, **_: said.append(line))
+    path = tmp_path / 'int8.onnx'
+    monkeypatch.setattr(quantization, 'LEAST_EQUAL', 0.8)  # random weights
+    export_model(*small, str(path), dynamic=True, precision='int8')
+    assert re.fullmatch(r'on 2 images \d\d\.\d\d% of the pixels .* mIoU \d+\.\d\d before, \d+\.\d\d after', said[0])
+    about = next(p.value for p in onnx.load(path).metadata_props if p.key == 'mmseg_volo')
+    assert json.loads(about)['precision'] == 'int8'
+    before = path.read_bytes()
+    monkeypatch.setattr(quantization, 'LEAST_EQUAL', 1.1)
+    with pytest.raises(ExportError, match='the int8 file differs too much: on 2 images'):
+        export_model(*small, str(path), dynamic=True, precision='int8')
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['int8.onnx']
+    config = Config(small[0].to_dict())
+    config.train_dataloader.dataset = dict(type='CamVidDataset', data_root='nowhere', data_prefix=dict(img_path='x'))
+    with pytest.raises(ConfigError, match='int8 is calibrated on images'):
+        export_model(config, small[1], str(path), precision='int8')
 
 
 @pytest.mark.slow
@@ -295,6 +334,10 @@ def test_bad_requests_are_refused(small, tmp_path, monkeypatch):
         run(tmp_path / 'other.pth', '--out', tmp_path / 'x.onnx')
     with pytest.raises(SystemExit):
         run(checkpoint, '--out', tmp_path / 'x.onnx', '--size', 64, 64, '--dynamic')
+    with pytest.raises(ConfigError, match='--precision int8 is for ONNX files'):
+        run(checkpoint, '--out', tmp_path / 'x.pt2', '--format', 'pt2', '--precision', 'int8')
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        run(checkpoint, '--out', tmp_path / 'x.onnx', '--precision', 'int8', '--calibrate', tmp_path / 'nowhere')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['config.py', 'other.pth', 'sealed']
 
 
