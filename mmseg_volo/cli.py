@@ -15,7 +15,7 @@ import torch.distributed
 from mmengine.config import DictAction
 
 from .errors import STOPPED_NOTE, USER_ERRORS, TrainingStopped
-from .models.onnx import RUNTIMES
+from .models.runtimes import RUNTIMES
 from .models.windows import PRECISIONS
 from .utils.opencv import quiet_opencv
 
@@ -52,7 +52,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--precision',
         choices=list(PRECISIONS),
-        help='precision of the network; bf16 and fp16 use autocast; of an ONNX file bf16 with --runtime openvino',
+        help='precision of the network; bf16 and fp16 use autocast; of an ONNX file with openvino (bf16) or tensorrt',
     )
     parser.add_argument('--compile', action='store_true', help='run the network through torch.compile')
     parser.add_argument(

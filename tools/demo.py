@@ -16,7 +16,8 @@ from mmseg_volo.demo import check_installed
 from mmseg_volo.errors import ConfigError
 from mmseg_volo.inference import Predictor
 from mmseg_volo.inference.sources import IMAGE_SUFFIXES, find_images
-from mmseg_volo.models.onnx import RUNTIMES, use_runtime
+from mmseg_volo.models.onnx import use_runtime
+from mmseg_volo.models.runtimes import RUNTIMES
 from mmseg_volo.utils.config import load_config
 
 

@@ -25,6 +25,7 @@ from .tensorrt import TENSORRT, why_not
 
 LARGEST_DIFFERENCE = 1e-3  # of float32 logits
 LEAST_EQUAL = {'fp32': 0.999, 'fp16': 0.99}  # share of the pixels with the same class
+THE_FILE = 'the file'
 
 
 class Parity(NamedTuple):
@@ -143,8 +144,8 @@ def _compare(run: Run, about: dict, segmentor: EncoderDecoder, images: np.ndarra
     return Parity(size, len(images), float(max(differences)), float((given == classes).mean()))
 
 
-def judge(found: Sequence[Parity], precision: str) -> None:
-    """Print the result of the comparison.
+def judge(found: Sequence[Parity], precision: str, what: str = THE_FILE) -> None:
+    """Print the result of the comparison of ``what``, the file or a TensorRT engine of it, with the model.
 
     Raises:
         ExportError: logits differ by more than :data:`LARGEST_DIFFERENCE` (float32), fewer pixels than
@@ -159,8 +160,9 @@ def judge(found: Sequence[Parity], precision: str) -> None:
     limit = LARGEST_DIFFERENCE if precision == 'fp32' else np.inf
     if not (worst <= limit and least >= LEAST_EQUAL[precision]):
         allowed = f'{limit:.0e} and {LEAST_EQUAL[precision]:.1%}'
+        halves = precision == 'fp16' and what == THE_FILE
         raise ExportError(
-            f'the file and the model give different results ({line}; allowed: {allowed}). '
-            + ('Export it with --precision fp32.' if precision == 'fp16' else 'Please report it with the config.')
+            f'{what} and the model give different results ({line}; allowed: {allowed}). '
+            + ('Export it with --precision fp32.' if halves else 'Please report it with the config.')
         )
-    print_log(f'compared with PyTorch: {line}', logger='current')
+    print_log(f'{what} compared with PyTorch: {line}', logger='current')

@@ -13,7 +13,8 @@ from torch import nn
 from ..errors import ConfigError
 from ..inference.model import init_model
 from ..inference.sources import find_images
-from ..models.onnx import STEP, check_packages, open_onnx
+from ..models.onnx import STEP, open_onnx
+from ..models.runtimes import check_packages, why_no_tensorrt
 from ..models.windows import has_plain_head
 from ..utils.files import atomic_write, part_of
 from ..version import __version__
@@ -106,6 +107,11 @@ def export_model(
         images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
+        if format == 'onnx' and (why := why_no_tensorrt()):
+            print_log(f'TensorRT engine: not run, because {why}', logger='current')
+        elif format == 'onnx':
+            run = open_onnx(written, 'cuda', runtime='tensorrt')[0]
+            judge(compare(run, about, segmentor, images, [size]), 'fp16', 'TensorRT engine')  # it computes in TF32
         if int8:
             del segmentor, twin, network, run  # room for the calibration
             print_log(f'quantizing to int8, calibrated on {len(to_calibrate)} {source_of_these}', logger='current')

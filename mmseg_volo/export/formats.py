@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.export import Dim
 
 from ..errors import CheckpointError, ConfigError
-from ..models.onnx import COARSE, METADATA_KEY, STEP, Run
+from ..models.onnx import COARSE, STEP, Run
+from ..models.runtimes import METADATA_KEY
 from ..utils.files import sha256
 from .network import ExportNetwork
 

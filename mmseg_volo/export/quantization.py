@@ -20,7 +20,7 @@ from ..errors import ConfigError, ExportError
 from ..evaluation.metric import confusion_of, iou_of
 from ..inference import Predictor
 from ..inference.sources import find_images
-from ..models.onnx import METADATA_KEY
+from ..models.runtimes import METADATA_KEY
 from ..utils.unwrap import bare_dataset
 
 CALIBRATED_ON = MEASURED_ON = 32  # images, if the user names none

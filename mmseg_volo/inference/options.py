@@ -63,7 +63,7 @@ def set_inference_options(
     ):
         raise ConfigError(
             f'{", ".join(settled)}: fixed when the ONNX file was exported; leave it out, or give the .pth checkpoint '
-            '(--runtime openvino takes --precision bf16)'
+            '(openvino and tensorrt take some precisions)'
         )
     needed, key = (StreamingTTAModel, 'tta_model') if aug_test else (StreamingEncoderDecoder, 'model')
     if not _is_a(given := config.get(key), needed):

@@ -1,11 +1,9 @@
 """Run an exported ONNX file as the network of a segmentor, with the same windows, augmentation and metrics.
 
-onnxruntime or OpenVINO runs the file (``model.test_cfg.runtime``).
+onnxruntime, OpenVINO or TensorRT runs the file (``model.test_cfg.runtime``).
 """
 
 import copy
-import functools
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,23 +19,19 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from ..errors import CheckpointError, ConfigError
+from .runtimes import HINTS, RUNTIMES, START, check_packages
 
 STEP = 16  # height and width of dynamic inputs are multiples of this
-METADATA_KEY = 'mmseg_volo'
 _LONGEST = 2**20  # characters of the metadata
 COARSE = 'coarse_logits'  # name of the output with the decode head's logits before upsampling
 # test_cfg options that the export has fixed, or that only PyTorch has.
 _SETTLED = 'precision', 'compile', 'channels_last', 'cuda_graph', 'runtime'
-RUNTIMES = 'onnxruntime', 'openvino'
-_HINTS = {'fp32': 'f32', 'bf16': 'bf16'}  # OpenVINO's names of the precisions that it computes in
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
 
 def is_settled(option: str, value: object, runtime: str) -> bool:
     """Whether an option of ``model.test_cfg`` cannot be chosen for a network in an ONNX file."""
-    if option == 'precision' and runtime == 'openvino':
-        return value not in _HINTS
-    return option in _SETTLED
+    return option in _SETTLED and not (option == 'precision' and value in HINTS[runtime])
 
 
 def is_onnx(checkpoint: object) -> bool:
@@ -62,7 +56,7 @@ def with_onnx(config: Config, path: str, device: str = 'cpu') -> tuple[Config, d
     """Replace the network in a segmentor's config by an ONNX file.
 
     If the file has a fixed input size, the windows get this size. ``model.test_cfg.runtime`` of the config says what
-    runs it, 'onnxruntime' (default) or 'openvino'.
+    runs it: 'onnxruntime' (default), 'openvino' or 'tensorrt'.
 
     Args:
         config: the config that the file was exported with; it is not changed.
@@ -110,13 +104,6 @@ def _as_checkpoint(about: dict) -> dict:
     return dict(meta=dict(dataset_meta=dataset_meta, exported=about))
 
 
-def check_packages(*names: str, extra: str = 'export') -> None:
-    """Raise ConfigError if one of these packages of an extra is not installed."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(f'ONNX needs {", ".join(missing)}: pip install -e ".[{extra}]" in the clone')
-
-
 def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0, runtime: str = RUNTIMES[0]) -> tuple[Run, dict]:
     """Open an ONNX file.
 
@@ -124,7 +111,7 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0, runtime: 
         path: a file written by ``tools/export.py``.
         device: 'cpu', 'cuda', 'cuda:1', ...; GPUs need onnxruntime-gpu.
         threads: threads per image; 0 takes PyTorch's number.
-        runtime: one of :data:`RUNTIMES`; OpenVINO runs on a CPU.
+        runtime: one of :data:`RUNTIMES`; OpenVINO runs on a CPU, TensorRT on a GPU.
 
     Returns:
         A function from an input array to the two output arrays, and the file's metadata.
@@ -136,11 +123,13 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0, runtime: 
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f'runtime must be one of {", ".join(RUNTIMES)}, got {runtime!r}')
-    check_packages(runtime, extra='export' if runtime == RUNTIMES[0] else runtime)
+    if runtime == 'openvino':
+        check_packages('openvino', extra='openvino')
+    else:
+        check_packages('onnxruntime')
     if not Path(path).is_file():
         raise FileNotFoundError(f'{path} does not exist')
-    start = _start_openvino if runtime == 'openvino' else _start_onnxruntime
-    run, text, inputs, outputs = start(str(path), torch.device(device), threads or torch.get_num_threads())
+    run, text, inputs, outputs = START[runtime](str(path), torch.device(device), threads or torch.get_num_threads())
     if text is None:
         raise CheckpointError(f'{path} was not written by tools/export.py: it has no metadata about classes')
     about = _metadata(text, path)
@@ -152,67 +141,6 @@ def open_onnx(path: str | Path, device: str = 'cpu', threads: int = 0, runtime: 
         return run(image, names)
 
     return run_named, about
-
-
-# What a runtime gives: a function from an image and names of outputs to these outputs, the metadata, and the names of
-# all inputs and outputs.
-_Started = tuple[Callable[[np.ndarray, list[str]], list[np.ndarray]], str | None, list[str], list[str]]
-
-
-def _start_onnxruntime(path: str, device: torch.device, threads: int) -> _Started:
-    import onnxruntime
-
-    provider = 'CUDAExecutionProvider' if device.type == 'cuda' else 'CPUExecutionProvider'
-    if provider not in onnxruntime.get_available_providers():
-        raise ConfigError(f'onnxruntime has no {provider}: pip install onnxruntime-gpu, or use --device cpu')
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    providers = [(provider, {'device_id': device.index or 0})] if device.type == 'cuda' else [provider]
-    try:
-        session = onnxruntime.InferenceSession(path, options, providers=providers)
-    except Exception as error:  # onnxruntime has an exception class for each reason
-        raise CheckpointError(f'{path} is broken or not an ONNX file: {str(error).splitlines()[0]}') from error
-    text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-
-    def run(image: np.ndarray, names: list[str]) -> list[np.ndarray]:
-        return session.run(names, {'image': image})
-
-    return run, text, [one.name for one in session.get_inputs()], [one.name for one in session.get_outputs()]
-
-
-def _start_openvino(path: str, device: torch.device, threads: int) -> _Started:
-    import openvino
-
-    if device.type != 'cpu':
-        raise ConfigError(f'OpenVINO runs on the CPU here, not on {device}: use --device cpu')
-    core = openvino.Core()
-    try:
-        model = core.read_model(path)
-    except Exception as error:  # OpenVINO's own exceptions have no common class
-        lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith('Exception from')]
-        raise CheckpointError(f'{path} is broken or not an ONNX file: {" ".join(lines)}') from error
-    place = ['framework', METADATA_KEY]
-    text = str(model.get_rt_info(place).value) if model.has_rt_info(place) else None
-    options = dict(INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY')
-
-    @functools.cache
-    def compiled(names: tuple[str, ...], precision: str) -> openvino.CompiledModel:
-        part = openvino.Model([model.output(name) for name in names], model.get_parameters())
-        try:
-            return core.compile_model(part, 'CPU', {**options, 'INFERENCE_PRECISION_HINT': _HINTS[precision]})
-        except RuntimeError as error:  # such as an int8 file in bfloat16
-            raise ConfigError(f'OpenVINO cannot run {path} in {precision} on this CPU') from error
-
-    def run(image: np.ndarray, names: list[str]) -> list[np.ndarray]:
-        bf16 = torch.is_autocast_enabled('cpu') and torch.get_autocast_dtype('cpu') == torch.bfloat16
-        found = compiled(tuple(names), 'bf16' if bf16 else 'fp32')([image])
-        return [np.array(found[i]) for i in range(len(names))]
-
-    def names_of(ports: list) -> list[str]:
-        return [port.get_any_name() for port in ports]
-
-    return run, text, names_of(model.inputs), names_of(model.outputs)
 
 
 def _metadata(text: str, path: str | Path) -> dict:
@@ -252,13 +180,13 @@ class OnnxNetwork(BaseModule):
     """Backbone and decode head in an ONNX file.
 
     Takes normalised images (B, 3, H, W) and returns the decode head's logits, ((B, C, h, w),). If the file does not
-    support the size, the images are padded with zeros at the right and the bottom. OpenVINO computes in bfloat16 under
-    autocast to bfloat16, else in float32.
+    support the size, the images are padded with zeros at the right and the bottom. OpenVINO and TensorRT compute in the
+    dtype of autocast.
 
     Args:
         path: a file written by ``tools/export.py``.
         device: the device of the runtime.
-        runtime: 'onnxruntime' or 'openvino'.
+        runtime: 'onnxruntime', 'openvino' or 'tensorrt'.
 
     Attributes:
         content: the file in the form of a checkpoint: no weights, and ``meta`` with ``dataset_meta`` (``classes``,

@@ -125,8 +125,12 @@ def test_other_outputs(config, tmp_path):
 
 def test_wrong_runtimes(config, tmp_path):
     path = write(tmp_path / 'x.onnx', json.dumps(ABOUT))
-    with pytest.raises(ConfigError, match='runtime must be one of onnxruntime, openvino'):
+    with pytest.raises(ConfigError, match='runtime must be one of onnxruntime, openvino, tensorrt'):
+        open_onnx(path, runtime='ncnn')
+    with pytest.raises(ConfigError, match='TensorRT runs on a GPU, not on cpu'):
         open_onnx(path, runtime='tensorrt')
+    with pytest.raises(ConfigError, match=r'TensorRT cannot run here: (there is no GPU|onnxruntime has no Tensorrt)'):
+        open_onnx(path, 'cuda', runtime='tensorrt')
     with pytest.raises(ConfigError, match=r'a\.pth is no \.onnx file'):
         use_runtime(config, 'a.pth', 'openvino')
     if config.model.test_cfg.runtime == 'openvino':
