@@ -123,7 +123,7 @@ def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files:
             results = list(pool.map(partial(check_pair, rules=source.rules), sample))
         found = list(chain.from_iterable(result.findings for result in results))
         _raise(found)
-        _warn(left_out_images(source) + odd_folders(source) + found)
+        _warn(left_out_images(source, sources) + odd_folders(source) + found)
         rest = iter(set(source.pairs) - set(sample))
         # If the sample looks wrong as a whole, read more files until one shows that it is not.
         while found := faults_of_all(source, results):
@@ -171,7 +171,8 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
         DataError: a worker process died.
     """
     report = SplitReport(split)
-    for source in find_sources(dataset_cfg, split, report.left_out.append, draw=True):
+    sources = find_sources(dataset_cfg, split, report.left_out.append, draw=True)
+    for source in sources:
         results = _run(source, workers)
         report.classes = report.classes or source.names
         report.files += len(source.pairs)
@@ -180,8 +181,8 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
         common = faults_of_all(source, results) or shifted_labels(source, results)
         replaced = {finding.kind for finding in common}
         single = [finding for result in results for finding in result.findings if finding.kind not in replaced]
-        report.findings += source.findings + missing_files(source) + left_over_files(source) + single + common
-        report.findings += left_out_images(source) + odd_folders(source)
+        report.findings += source.findings + missing_files(source) + left_over_files(source, sources) + single
+        report.findings += common + left_out_images(source, sources) + odd_folders(source)
         for files, reader in (('images', source.rules.image), ('labels', source.rules.label)):
             if reader is None:
                 report.left_out.append(f'the content of {files}: an unknown transform reads them')

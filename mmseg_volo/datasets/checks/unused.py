@@ -3,15 +3,21 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .listing import Finding, Source, is_image, missing_reason, names_below
 
 _SAME = ({'jpg', 'jpeg', 'jpe', 'jfif'}, {'tif', 'tiff'})  # extensions of one format
 
 
-def left_out_images(source: Source) -> list[Finding]:
-    """Warn of images whose names end in another way than ``img_suffix``, such as ``.JPG``."""
+def left_out_images(source: Source, sources: Iterable[Source] = ()) -> list[Finding]:
+    """Warn of images whose names end in another way than ``img_suffix``, such as ``.JPG``.
+
+    Args:
+        source: the data set.
+        sources: all data sets of the split; files that one of them uses are not left out.
+    """
+    used = _used(sources)
     return [
         Finding(
             source.rules.split,
@@ -22,7 +28,12 @@ def left_out_images(source: Source) -> list[Finding]:
             fault=False,
         )
         for path, _, ending in _left_out(source)
+        if os.path.normpath(path) not in used
     ]
+
+
+def _used(sources: Iterable[Source]) -> set[str]:
+    return {os.path.normpath(path) for source in sources for pair in source.pairs for path in pair if path}
 
 
 def _left_out(source: Source) -> Iterator[tuple[str, str, str]]:
@@ -81,11 +92,11 @@ def odd_folders(source: Source) -> list[Finding]:
     return findings
 
 
-def left_over_files(source: Source) -> list[Finding]:
-    """Find image names that are not files, and warn of labels without an image."""
+def left_over_files(source: Source, sources: Iterable[Source] = ()) -> list[Finding]:
+    """Find image names that are not files, and warn of labels without an image; arguments as left_out_images."""
     if source.listed or not source.image_suffix:
         return []
-    split, known = source.rules.split, {os.path.normpath(path) for pair in source.pairs for path in pair if path}
+    split, known = source.rules.split, _used([source, *sources])
     findings = []
     for path in _named(source.image_dir, source.image_suffix):
         if path not in known and not os.path.isfile(path):
