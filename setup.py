@@ -13,10 +13,11 @@ OPENMMLAB = ['onedl-mmengine>=0.10.10', 'onedl-mmcv>=2.3.0', 'onedl-mmsegmentati
 DATA = ['cityscapesscripts>=2.2']
 EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
 OPENVINO = ['openvino>=2026.4']  # the oldest that was seen to refuse weights outside of the file's folder
+IMPORT = ['pycocotools>=2.0.8']
 DEMO = ['gradio>=6.31,<7']
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
-TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
+TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *IMPORT, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
 
 setup(
     name='mmseg_volo',
@@ -49,6 +50,7 @@ setup(
     ],
     extras_require={
         'data': DATA,
+        'import': IMPORT,
         'export': EXPORT,
         'openvino': OPENVINO,
         'demo': DEMO,

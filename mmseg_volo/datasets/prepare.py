@@ -11,7 +11,6 @@ import functools
 import io
 import os
 import re
-import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -25,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..errors import DataError
+from ..utils.files import link_or_copy
 from ..utils.processes import init_worker
 from .checks.labels import LabelError, decode_label
 
@@ -268,7 +268,7 @@ def _do(job: Job) -> None:
             if source.archive or job.generated:
                 temporary.write_bytes(data)
             else:
-                _link_or_copy(source.path, temporary)
+                link_or_copy(source.path, temporary)
             os.replace(temporary, job.dst)
         finally:
             # Also after success: renaming onto another link to the same file keeps both names.
@@ -276,13 +276,6 @@ def _do(job: Job) -> None:
     except OSError as exc:
         reason = exc.strerror or exc
         raise DataError(f'{job.dst}: not written ({reason}); check space and permissions, run again') from exc
-
-
-def _link_or_copy(source: str, target: Path) -> None:
-    try:
-        os.link(os.path.realpath(source), target)  # the file itself: os.link would link a symlink
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _check_label(data: bytes, name: str, allowed: Collection[int], remedy: str) -> bytes:

@@ -1,8 +1,9 @@
-"""Write files atomically, and compute their SHA-256."""
+"""Write files atomically, link or copy them, and compute their SHA-256."""
 
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +35,14 @@ def atomic_write(path: str | Path, mark: str = '') -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the folder may be gone, and the first error matters
             part.unlink()
         raise
+
+
+def link_or_copy(source: str | Path, target: Path) -> None:
+    """Make ``target`` a hard link to a file, or a copy of it where links are impossible."""
+    try:
+        os.link(os.path.realpath(source), target)  # the file itself: os.link would link a symlink
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def sha256(file: str | Path | BinaryIO, size: int | None = None) -> str:

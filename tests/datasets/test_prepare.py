@@ -482,13 +482,13 @@ def test_killed_run_leaves_no_final_name_half_written(tmp_path):
 @pytest.mark.skipif(not hasattr(os, 'killpg'), reason='needs POSIX signals')
 def test_ctrl_c_leaves_only_whole_files(tmp_path, monkeypatch):
     src, dst = write_folder(tmp_path / 'src', camvid_files()), tmp_path / 'dst'
-    copy = prepare._link_or_copy
+    copy = prepare.link_or_copy
 
     def interrupted(source, target):
         copy(source, target)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, '_link_or_copy', interrupted)
+    monkeypatch.setattr(prepare, 'link_or_copy', interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare_camvid(src, dst)
     assert listing(dst) == []

@@ -1,0 +1,1 @@
+"""Import annotations in the formats of labelling tools as index PNGs."""
