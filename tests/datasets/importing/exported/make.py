@@ -56,7 +56,7 @@ if __name__ == '__main__':
                 shutil.copytree(export(folder, kind, list(CLASSES), as_mask), target)
         voc = export(Path(name), 'voc_segmentation', ['background', *CLASSES], True, label_map='source')
         shutil.rmtree(HERE / 'voc', ignore_errors=True)
-        shutil.copytree(voc, HERE / 'voc')
+        shutil.copytree(voc, HERE / 'voc', ignore=shutil.ignore_patterns('SegmentationObject'))
         studio = write_label_studio(Path(name, 'studio'), brush, count=2)
         shutil.rmtree(HERE / 'label_studio', ignore_errors=True)
         shutil.copytree(studio, HERE / 'label_studio', ignore=shutil.ignore_patterns('*.jpg', 'images'))
