@@ -49,7 +49,7 @@ def export_model(
         format: 'onnx' (opset 17) or 'pt2' (:func:`torch.export.save`).
         size: (height, width) of the input in pixels; default: that of the test windows or training crops in the config.
         dynamic: accept all heights and widths that are multiples of 16. The batch size is always open.
-        precision: 'fp32', 'fp16' for weights and arithmetic, or for an ONNX file 'int8' (:mod:`.quantization`); inputs
+        precision: 'fp32', 'fp16' for weights and arithmetic, or for an ONNX file 'int8'; inputs
             and outputs stay float32.
         preprocess: normalise in the file; see :class:`~mmseg_volo.export.network.ExportNetwork`.
         output: 'logits' or 'classes'; see :class:`~mmseg_volo.export.network.ExportNetwork`.
