@@ -9,6 +9,7 @@ from .version import __version__
 
 _MISSING = [name for name in ('mmengine', 'mmcv', 'mmseg') if find_spec(name) is None]
 if not _MISSING:
+    from .datasets.bands import LoadBands
     from .datasets.camvid import CamVidDataset
     from .datasets.loading import LoadCheckedAnnotations, LoadCheckedImage
     from .datasets.street_scenes import StreetSceneDataset
@@ -25,6 +26,7 @@ if not _MISSING:
     from .models.heads import LeanUPerHead
     from .models.losses import BandedLoss, LeanFCNHead
     from .models.necks import VOLOPyramid
+    from .models.preprocessor import BandsDataPreProcessor
     from .models.segmentors import StreamingEncoderDecoder, StreamingTTAModel
     from .models.volo import ARCHS, VOLO
 
@@ -34,6 +36,7 @@ __all__ = [
     'AtomicCheckpointHook',
     'BFloat16OptimWrapper',
     'BandedLoss',
+    'BandsDataPreProcessor',
     'CamVidDataset',
     'CheckpointError',
     'ConfigError',
@@ -43,6 +46,7 @@ __all__ = [
     'LabelGuardHook',
     'LeanFCNHead',
     'LeanUPerHead',
+    'LoadBands',
     'LoadCheckedAnnotations',
     'LoadCheckedImage',
     'NonFiniteGuardHook',

@@ -2,6 +2,7 @@
 
 import torch
 from mmengine.logging import print_log
+from timm.models import adapt_input_conv
 from torch import nn
 
 from ..errors import CheckpointError
@@ -11,6 +12,7 @@ from .reading import load
 
 # Weights of the ImageNet classifier alone; all others in a file must fit the backbone.
 CLASSIFIER = ('head.', 'aux_head.', 'post_network.', 'cls_token')
+STEM = 'patch_embed.conv.0.weight'  # (width, channels of the image, 7, 7)
 # Where a file may hold its weights. The exponential moving average comes first, as in timm.
 STATE_KEYS = tuple(sorted(WEIGHT_KEYS, key='state_dict_ema'.__ne__))
 
@@ -41,11 +43,10 @@ def volo_state_dict(content: dict, source: str, prefix: str | None = None) -> di
             raise CheckpointError(f'{source}: no name begins with {start}, the prefix in init_cfg')
         state = found
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not {'patch_embed.conv.0.weight', 'network.0.0.attn.attn.weight'} <= tensors.keys():
+    if not {STEM, 'network.0.0.attn.attn.weight'} <= tensors.keys():
         names = ', '.join(list(map(str, state))[:4]) or 'nothing'
         raise CheckpointError(
-            f'{source}: expected the weights of a VOLO (patch_embed.conv.0.weight, network.0.0.attn.attn.weight, ...), '
-            f'found {names}, ...'
+            f'{source}: expected the weights of a VOLO ({STEM}, network.0.0.attn.attn.weight, ...), found {names}, ...'
         )
     return tensors
 
@@ -73,7 +74,9 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
 
     Weights of the classifier, and of stages and norms that ``backbone`` was built without, are skipped. The LayerNorms
     of all levels but the last may be missing, because classifiers do not have them. The log says what was skipped and
-    what was missing. ``pos_embed`` is resized to the backbone's image size.
+    what was missing. ``pos_embed`` is resized to the backbone's image size. If the file is for three channels and the
+    backbone for another number, timm adapts the first convolution: the weights of the channels are repeated and scaled
+    by 3 / ``in_channels``, or added for one channel.
 
     Args:
         backbone: the VOLO that takes the weights.
@@ -90,6 +93,7 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
     # A backbone with fewer stages, or without output norms, does not need these.
     unbuilt = [name for name in state if name not in own and name not in classifier and _is_unbuilt(name, backbone)]
     used = {name: value for name, value in state.items() if name not in {*classifier, *unbuilt}}
+    _adapt_stem(used, own[STEM].shape[1], source)
 
     unknown = [name for name in used if name not in own]
     missing = [name for name in own if name not in used and not _may_miss(name)]
@@ -110,6 +114,20 @@ def load_backbone(backbone: nn.Module, source: str, prefix: str | None = None) -
         + (f' and {len(unbuilt)} entries of stages or norms that are not built' if unbuilt else '')
         + (f'. Not in the file, so kept at their initial values: {", ".join(new)}' if new else '')
         + '.',
+        logger='current',
+    )
+
+
+def _adapt_stem(state: dict[str, torch.Tensor], channels: int, source: str) -> None:
+    """Change the stem of weights for three channels to ``channels``, as timm does for ``in_chans``."""
+    given = state[STEM].shape
+    if len(given) != 4 or given[1] != 3 or channels == 3:
+        return
+    state[STEM] = adapt_input_conv(channels, state[STEM])
+    how = 'added up' if channels == 1 else f'repeated and multiplied by 3/{channels}'
+    print_log(
+        f'{source}: for images of {channels} channel{"s" * (channels > 1)}, the weights of {STEM} for R, G and B are '
+        f'{how}, as timm does',
         logger='current',
     )
 

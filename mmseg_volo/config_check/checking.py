@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .building import source_of
+from .channels import check_channels
 from .classes import check_counts, check_names, check_same, class_list
 from .ignored import check_ignored
 from .keys import check_loader, check_paramwise, check_part, check_text, check_top_level
@@ -80,9 +81,11 @@ def check_model(config: Mapping, any_classes: bool = False) -> None:
         ConfigError: one line for each fault, with the key and the remedy.
     """
     parts = Parts(config, scope='mmseg')
-    datasets = [] if any_classes else leaves(parts.datasets('test'))
+    tested = leaves(parts.datasets('test'))
+    datasets = [] if any_classes else tested
     faults = chain(
         _data_faults(parts, 'test'),
+        chain.from_iterable(check_channels(parts.model(), parts.transforms(one)) for one in tested),
         _model_faults(parts, datasets, training=False, predicts=True, guarded=False),
     )
     _raise(config, list(_missing(config)) or list(faults))
@@ -174,6 +177,7 @@ def _split_faults(parts: Parts, splits: Sequence[str], task: Task | None) -> Ite
             yield from check_names(dataset)
             if split == 'train':
                 yield from check_crop(parts.model(), _steps(parts, dataset, datasets))
+            yield from check_channels(parts.model(), _steps(parts, dataset, datasets))
         if split != 'train' and task != 'data':
             yield from check_measured(leaves(datasets), parts.metrics(split), transforms)
         if split == 'val' and task != 'data':

@@ -21,6 +21,7 @@ _OPTIONS = (
 _SAME_SIZE = {
     'LoadImageFromFile',
     'LoadCheckedImage',
+    'LoadBands',
     'LoadAnnotations',
     'LoadCheckedAnnotations',
     'RandomFlip',

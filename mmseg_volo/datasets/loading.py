@@ -29,6 +29,8 @@ class LoadCheckedAnnotations(LoadAnnotations):
     It raises DataError with the label's path if the file cannot be read, has several channels or values above 255, or
     has another size than the image. It reads labels of any number of pixels, also above Pillow's limit.
 
+    Pixels of ``nodata`` (H, W), bool, which :class:`~mmseg_volo.datasets.bands.LoadBands` adds, become 255, ignored.
+
     Without ``seg_map_path`` in the results it does nothing. So ``inference_model`` and ``MMSegInferencer`` can run
     pipelines that contain it.
     """
@@ -62,6 +64,8 @@ class LoadCheckedAnnotations(LoadAnnotations):
             )
         table = label_table(self.reduce_zero_label, results.get('label_map'))
         results['gt_seg_map'] = cv2.LUT(label, table)
+        if (nodata := results.pop('nodata', None)) is not None:  # of LoadBands
+            results['gt_seg_map'][nodata] = 255
         results['seg_fields'].append('gt_seg_map')
 
 

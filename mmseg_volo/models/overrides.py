@@ -13,6 +13,8 @@ from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import nn
 
+from .preprocessor import BandsDataPreProcessor
+
 # From the preprocessed images to the predictions.
 _PREDICTION = 'predict', 'inference', 'slide_inference', 'whole_inference', 'encode_decode', 'postprocess_result'
 # From the data loader's batch to `predict`.
@@ -89,7 +91,7 @@ def can_stream_views(segmentor: nn.Module) -> bool:
 
 def is_plain_preprocessor(preprocessor: nn.Module) -> bool:
     """Whether a data preprocessor is mmseg's own, which changes each pixel alone and pads."""
-    own = type(preprocessor) is SegDataPreProcessor
+    own = type(preprocessor) in (SegDataPreProcessor, BandsDataPreProcessor)
     return own and 'forward' not in vars(preprocessor) and not _has_hooks(preprocessor)
 
 

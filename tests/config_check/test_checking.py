@@ -78,7 +78,57 @@ class WaterDataset(BaseSegDataset):
     METAINFO = dict(classes=('water'), palette=[[0, 0, 9]])
 
 
+def of_bands(*steps: dict, **options) -> dict:
+    """Overrides of a training pipeline with LoadBands, for a model of four channels unless options say otherwise."""
+    inner = [dict(type='LoadBands'), dict(type='LoadCheckedAnnotations'), *steps, dict(type='PackSegInputs')]
+    channels = dict(
+        model__data_preprocessor__type='BandsDataPreProcessor',
+        model__backbone__in_channels=4,
+        model__data_preprocessor__mean=[900.0] * 4,
+        model__data_preprocessor__std=[300.0] * 4,
+        model__data_preprocessor__bgr_to_rgb=False,
+    )
+    crop = dict(type='RandomCrop', crop_size=(32, 32))
+    inner.insert(2, crop)
+    return {'train_dataloader__dataset__pipeline': inner, **channels, **options}
+
+
 FAULTS = {
+    # channels
+    'mean of three': (
+        dict(model__backbone__in_channels=4),
+        r'data_preprocessor\.mean: 3 numbers, but model\.backbone\.in_channels is 4; .*check_data\.py CONFIG prints',
+    ),
+    'preprocessor': (
+        of_bands(model__data_preprocessor__type='SegDataPreProcessor'),
+        r"data_preprocessor\.type: mmseg's SegDataPreProcessor takes 1 or 3 numbers .*'BandsDataPreProcessor'",
+    ),
+    'argument of the preprocessor': (
+        of_bands(model__data_preprocessor__siz=3),
+        r"data_preprocessor\.siz: .* no such argument; did you mean 'size'",
+    ),
+    'one channel': (dict(model__backbone__in_channels=1), r'mean: 3 numbers, but .*in_channels is 1'),
+    'other bands': (
+        of_bands(train_dataloader__dataset__pipeline__0=dict(type='LoadBands', bands=(3, 2, 1))),
+        r'pipeline\.0\.bands: 3 bands, but model\.backbone\.in_channels is 4',
+    ),
+    'order of colours': (
+        of_bands(
+            model__backbone__in_channels=3,
+            model__data_preprocessor__mean=[1.0] * 3,
+            model__data_preprocessor__std=[1.0] * 3,
+            model__data_preprocessor__bgr_to_rgb=True,
+        ),
+        r'data_preprocessor\.bgr_to_rgb: True, but LoadBands gives the bands in the order of the file',
+    ),
+    'colours of four bands': (
+        of_bands(dict(type='PhotoMetricDistortion')),
+        r'pipeline\.3: PhotoMetricDistortion takes 3 channels, but images have 4',
+    ),
+    'eight bits of sixteen': (
+        of_bands(dict(type='CLAHE')),
+        r'pipeline\.3: CLAHE turns values into 8 bits, but .*mean is of other values \(900\)',
+    ),
     # classes
     'one head': (dict(model__decode_head__num_classes=4), r'model\.decode_head\.num_classes: 4, but .* has 11 classes'),
     'auxiliary head': (dict(model__auxiliary_head__num_classes=12), r'model\.auxiliary_head\.num_classes: 12, but'),
@@ -445,6 +495,9 @@ BINARY = {
 }
 VALID = {
     'as it is': {},
+    'four bands': of_bands(),
+    'four bands of six': of_bands(train_dataloader__dataset__pipeline__0=dict(type='LoadBands', bands=(6, 3, 2, 1))),
+    'one mean for all': of_bands(model__data_preprocessor__mean=[9.0], model__data_preprocessor__std=[2.0]),
     'crops that fit': one_of((352, 480), (320, 320)),
     'binary with sigmoid': BINARY,
     'binary with one weight': {**BINARY, 'model__decode_head__loss_decode__class_weight': [3.0]},

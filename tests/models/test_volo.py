@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mmengine.model import PretrainedInit
 from mmseg.registry import MODELS
 from small_models import segmentor_config
+from timm.models.volo import _create_volo
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -404,6 +405,26 @@ def test_fx_tracing(grad):
 )
 def test_out_indices_of_other_forms(given, stages):
     assert tiny(out_indices=given).out_indices == stages
+
+
+@pytest.mark.parametrize('channels', [1, 2, 4, 16])
+def test_pretrained_stem_of_other_channels_is_timms(channels, tmp_path):
+    """Both load the same file, made for three channels."""
+    torch.manual_seed(0)
+    small = dict(layers=(1, 1, 1, 1), embed_dims=(32, 64, 64, 64), num_heads=(1, 2, 2, 2), stem_hidden_dim=8)
+    source = _create_volo('volo_d1_224', **small)  # what timm.create_model calls with D1's numbers
+    torch.save(source.state_dict(), tmp_path / 'volo.pth')
+    overlay = dict(file=str(tmp_path / 'volo.pth'))
+    theirs = _create_volo('volo_d1_224', True, pretrained_cfg_overlay=overlay, in_chans=channels, **small)
+    arch = dict(depths=(1, 1, 1, 1), dims=(32, 64, 64, 64), heads=(1, 2, 2, 2), mlp_ratios=3, stem_width=8)
+    pretrained = dict(type='Pretrained', checkpoint=str(tmp_path / 'volo.pth'))
+    ours = VOLO(arch, in_channels=channels, init_cfg=pretrained)
+    ours.init_weights()
+    expected = theirs.state_dict()
+    assert expected['patch_embed.conv.0.weight'].shape[1] == channels
+    for name, value in ours.state_dict().items():
+        if name in expected:
+            assert torch.equal(value, expected[name]), name
 
 
 def test_the_segmentors_argument_pretrained():
