@@ -15,9 +15,10 @@ EXPORT = ['onnx>=1.17', 'onnxscript>=0.5', 'onnxruntime>=1.20']
 OPENVINO = ['openvino>=2026.4']  # the oldest that was seen to refuse weights outside of the file's folder
 IMPORT = ['pycocotools>=2.0.8']
 DEMO = ['gradio>=6.31,<7']
+GEO = ['rasterio>=1.4']  # has GDAL in it
 DOCS = ['sphinx>=8', 'myst-parser>=4', 'furo', 'sphinx-copybutton']
 TENSORBOARD, WANDB = ['tensorboard'], ['wandb']
-TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *IMPORT, *EXPORT, *DEMO, *DOCS, *TENSORBOARD]
+TEST = ['pytest>=8', 'pytest-xdist', 'parameterized', *DATA, *IMPORT, *EXPORT, *DEMO, *DOCS, *TENSORBOARD, *GEO]
 
 setup(
     name='mmseg_volo',
@@ -55,6 +56,7 @@ setup(
         'openvino': OPENVINO,
         'demo': DEMO,
         'docs': DOCS,
+        'geo': GEO,
         'tensorboard': TENSORBOARD,
         'wandb': WANDB,
         'test': TEST,

@@ -2,7 +2,8 @@
 
 Finds missing and broken files, images that are not used because of their names, or not read with all their bits or
 bands, images and labels of different sizes, labels that do not fit the config, and images that two splits share.
-Prints and plots how often each class occurs. The exit status is 1 if there is a fault.
+Prints and plots how often each class occurs. For images that LoadBands reads, it prints the mean and deviation of each
+channel over the training images. The exit status is 1 if there is a fault.
 """
 
 import argparse
@@ -78,6 +79,17 @@ def print_classes(reports: Sequence[SplitReport]) -> None:
     print(table)
 
 
+def print_statistics(report: SplitReport) -> None:
+    """Print the mean and deviation of each channel, to be copied into a config."""
+    found = report.statistics
+    mean, std = ([float(f'{number:.6g}') for number in values] for values in (found.mean, found.deviation))
+    print(
+        f'mean and deviation of {len(mean)} channel{"s" * (len(mean) > 1)} over {report.measured} images '
+        f'({int(found.count.max()):,} pixels with data):\n'
+        f"  data_preprocessor=dict(type='BandsDataPreProcessor', bgr_to_rgb=False,\n    mean={mean},\n    std={std})"
+    )
+
+
 def plot_classes(reports: Sequence[SplitReport], path: Path) -> None:
     """Draw bars of the share of each class in the labelled pixels, with the splits side by side."""
     from matplotlib.figure import Figure  # slow to import
@@ -132,6 +144,9 @@ def main() -> int:
         for reason in report.left_out:
             print(f'  not checked: {reason}')
     print_findings(findings)
+    for report in reports:
+        if report.split == 'train' and report.statistics is not None:
+            print_statistics(report)
     counted = [report for report in reports if report.labels and report.classes]
     print_classes(counted)
     for report in counted:

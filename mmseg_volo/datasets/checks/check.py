@@ -6,6 +6,7 @@ files on a server, other keys), the check covers what it knows, and the log says
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from ...errors import DataError
 from ...utils.opencv import quiet_opencv
 from ..loading import check_loaders
+from .bands import Statistics, misfits, odd_files
 from .images import init_checker
 from .labels import label_table
 from .listing import Finding, Source, find_sources, missing_files, present_files
@@ -44,6 +46,8 @@ class SplitReport:
         ignored: number of ignored pixels.
         digests: hash of an image file's bytes to its path.
         left_out: what was not checked, and why.
+        statistics: of all channels, if LoadBands reads the images.
+        measured: number of images that have them.
     """
 
     split: str
@@ -56,6 +60,9 @@ class SplitReport:
     ignored: int = 0
     digests: dict[bytes, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
+    statistics: Statistics | None = None
+    measured: int = 0
+    image_dir: str = ''
 
     @property
     def faults(self) -> list[Finding]:
@@ -122,6 +129,8 @@ def quick_check(dataset_cfg: Mapping, dataset: Dataset | None = None, num_files:
         with quiet_opencv(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoders release the GIL
             results = list(pool.map(partial(check_pair, rules=source.rules), sample))
         found = list(chain.from_iterable(result.findings for result in results))
+        infos = {result.pair[0]: result.bands for result in results if result.bands}
+        found += odd_files(source.rules.split, infos, source.rules.bands and source.rules.bands[0])
         _raise(found)
         _warn(left_out_images(source, sources) + odd_folders(source) + found)
         rest = iter(set(source.pairs) - set(sample))
@@ -178,12 +187,13 @@ def check_split(split: str, dataset_cfg: Mapping, workers: int | None = None) ->
         report.files += len(source.pairs)
         report.digests.update((result.digest, result.pair[0]) for result in results if result.digest)
         _count(report, source, results)
+        report.findings += _measure(report, source, results)
         common = faults_of_all(source, results) or shifted_labels(source, results)
         replaced = {finding.kind for finding in common}
         single = [finding for result in results for finding in result.findings if finding.kind not in replaced]
         report.findings += source.findings + missing_files(source) + left_over_files(source, sources) + single
         report.findings += common + left_out_images(source, sources) + odd_folders(source)
-        for files, reader in (('images', source.rules.image), ('labels', source.rules.label)):
+        for files, reader in (('images', source.rules.image or source.rules.bands), ('labels', source.rules.label)):
             if reader is None:
                 report.left_out.append(f'the content of {files}: an unknown transform reads them')
     return report
@@ -227,6 +237,20 @@ def _count(report: SplitReport, source: Source, results: Sequence[PairResult]) -
             report.images += counts[: len(report.pixels)] > 0
 
 
+def _measure(report: SplitReport, source: Source, results: Sequence[PairResult]) -> list[Finding]:
+    """Add the statistics of the channels to the report; return what is odd about the files' bands."""
+    infos = {result.pair[0]: result.bands for result in results if result.bands}
+    found = odd_files(source.rules.split, infos, source.rules.bands and source.rules.bands[0])
+    report.image_dir = report.image_dir or source.image_dir
+    counts = Counter(len(info.statistics.count) for info in infos.values())
+    for info in infos.values():
+        usual = counts.most_common(1)[0][0] if report.statistics is None else len(report.statistics.count)
+        if len(info.statistics.count) == usual:
+            report.statistics = info.statistics if report.statistics is None else report.statistics + info.statistics
+            report.measured += 1
+    return found
+
+
 def check_config(config: Config, splits: Sequence[str] | None = None, workers: int | None = None) -> list[SplitReport]:
     """Check each data set of a config, and look for images that two splits share.
 
@@ -248,6 +272,10 @@ def check_config(config: Config, splits: Sequence[str] | None = None, workers: i
     if splits is None and 'test' in cfgs and _same(cfgs['test'], cfgs.get('val')):
         del cfgs['test']
     reports = [check_split(split, cfg, workers) for split, cfg in cfgs.items()]
+    for report in reports:
+        if report.statistics is not None:
+            where, trained = report.image_dir, report.split == 'train'
+            report.findings += misfits(report.split, config, where, report.statistics, trained)
     for i, report in enumerate(reports):
         for other in reports[:i]:
             if not _same(cfgs[report.split], cfgs[other.split]):

@@ -126,8 +126,8 @@ def why_unreadable(data: bytes, flag: str | int, backend: str, error: Exception 
     if header.bands and header.bands > 4 and backend != 'tifffile':
         return ImageError(
             f'it has {header.bands} bands, but the loader reads at most 4',
-            "set imdecode_backend='tifffile' in the transform that loads it, with in_channels of the backbone and mean "
-            f'and std of data_preprocessor for {header.bands} bands, or save three of the bands',
+            'load it with LoadBands, with in_channels of the backbone and mean and std of data_preprocessor for '
+            f'{header.bands} bands, or save three of the bands',
         )
     if header.bits > 16 and backend == 'cv2' and flag != 'unchanged':
         return ImageError(

@@ -54,9 +54,9 @@ class Finding:
 class Rules:
     """How a data set's files are decoded, and what its label values mean.
 
-    ``image`` is (flag, backend) for ``mmcv.imfrombytes``, and ``label`` is (name of the transform, backend). They are
-    None, and the content is not checked, if the pipeline does not use ``LoadImageFromFile`` and ``LoadAnnotations``, or
-    the transforms of this package in their place.
+    ``image`` is (flag, backend) for ``mmcv.imfrombytes``, ``bands`` is (bands, fill) of ``LoadBands`` in its place, and
+    ``label`` is (name of the transform, backend). They are None, and the content is not checked, if the pipeline does
+    not use ``LoadImageFromFile`` and ``LoadAnnotations``, or the transforms of this package in their place.
     """
 
     split: str
@@ -66,6 +66,7 @@ class Rules:
     label_map: Mapping[int, int] | None
     image: tuple[str, str] | None
     label: tuple[str, str] | None
+    bands: tuple[Sequence[int] | None, float | Sequence[float]] | None = None
 
 
 @dataclass
@@ -128,6 +129,7 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
     if any('://' in folder for folder in folders):
         raise LeftOut('its files are on a server')
     image = _transform(steps, ('LoadImageFromFile', 'LoadCheckedImage'))
+    bands = _transform(steps, ('LoadBands',))
     label = _transform(steps, ('LoadAnnotations', 'LoadCheckedAnnotations'))
     rules = Rules(
         split=split,
@@ -136,6 +138,7 @@ def _open(cfg: Mapping, split: str, draw: bool, built: Dataset | None) -> Source
         reduce_zero_label=False,
         label_map=None,
         image=image and (image.get('color_type', 'color'), image.get('imdecode_backend', 'cv2')),
+        bands=bands and (bands.get('bands'), bands.get('fill', 0)),
         label=label and (_name(label), label.get('imdecode_backend', 'pillow')),
     )
     try:

@@ -8,6 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from ...errors import DataError
+from ...utils.files import sha256
+from .bands import BandsInfo, check_bands, dropped_bands
 from .images import ImageError, check_image
 from .labels import LabelError, decode_label, label_table, likely_cause
 from .listing import FILE_REMEDY, Finding, Pair, Rules, Source
@@ -15,18 +18,27 @@ from .listing import FILE_REMEDY, Finding, Pair, Rules, Source
 _NAMED = 5  # values that a finding lists
 _DEPTH_REMEDY = (
     'save the image with 8 bits, scaled to 0 to 255, or load all bits: LoadImageFromFile with color_type='
-    "'unchanged' and to_float32=True, and mean and std of data_preprocessor in the range of the values"
+    "'unchanged' and to_float32=True (of a TIFF: LoadBands), and mean and std of data_preprocessor in the range of the "
+    'values'
+)
+_BANDS_REMEDY = (
+    'read all of them with LoadBands, with in_channels of the backbone and mean and std of data_preprocessor for so '
+    'many, if they are more than colours and transparency'
 )
 
 
 @dataclass
 class PairResult:
-    """Result for one pair: pixels of each raw label value (256,) int64 or None if unread, hash of the image's bytes."""
+    """Result for one pair: pixels of each raw label value (256,) int64 or None if unread, hash of the image's bytes.
+
+    ``bands`` is what an image has that LoadBands can read.
+    """
 
     pair: Pair
     findings: list[Finding] = field(default_factory=list)
     values: np.ndarray | None = None
     digest: bytes = b''
+    bands: BandsInfo | None = None
 
 
 def check_pair(pair: Pair, rules: Rules) -> PairResult:
@@ -38,8 +50,13 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
 
     shape, orientation = None, 1
     try:
-        data = Path(image).read_bytes()
-        result.digest = hashlib.blake2b(data, digest_size=16).digest()
+        if rules.bands:  # such files may be larger than the memory
+            result.digest = bytes.fromhex(sha256(image))
+            result.bands = check_bands(image, *rules.bands)
+            shape = result.bands.shape
+        else:
+            data = Path(image).read_bytes()
+            result.digest = hashlib.blake2b(data, digest_size=16).digest()
         if rules.image:
             shape, orientation, damage, loss = check_image(data, *rules.image)
             if damage:
@@ -47,8 +64,13 @@ def check_pair(pair: Pair, rules: Rules) -> PairResult:
                 add('damaged image', image, problem, 'look at it, and replace it if it is', fault=False)
             if loss:
                 add('depth of an image', image, loss, _DEPTH_REMEDY, fault=False)
+            if dropped := dropped_bands(data, rules.image[0]):
+                add('bands of an image', image, dropped, _BANDS_REMEDY, fault=False)
     except ImageError as error:
         add('unreadable image', image, error.problem, error.remedy)
+    except DataError as error:  # of LoadBands
+        problem, _, remedy = str(error).removeprefix(f'{image}: ').partition('; ')
+        add('unreadable image', image, problem, remedy)
     except OSError as error:
         add('unreadable image', image, f'the image cannot be read ({_reason(error)})', FILE_REMEDY)
     if label is None or rules.label is None:

@@ -65,7 +65,7 @@ def test_depth_is_a_warning_in_the_report_and_in_the_log(data, monkeypatch):
 
 def test_bands_and_values_that_the_loader_cannot_read_are_called_that():
     six = tiff(bands(6))
-    with pytest.raises(ImageError, match=r'it has 6 bands, but the loader reads at most 4\); set imdecode_backend='):
+    with pytest.raises(ImageError, match=r'it has 6 bands, but the loader reads at most 4\); load it with LoadBands, '):
         check_image(six, 'unchanged', 'cv2')
     with pytest.raises(ImageError, match="its values have 32 bits, which color_type='color' cannot convert"):
         check_image(tiff(bands(3, np.float32)), 'color', 'cv2')
