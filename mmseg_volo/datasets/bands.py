@@ -94,6 +94,16 @@ class BandFile:
             self._check_finite(values, top, left)
         return values, missing if missing is not None and missing.any() else None
 
+    def without_data(self, top: int, left: int, height: int, width: int) -> np.ndarray | None:
+        """Whether all bands that are read are missing, (height, width), bool; None if the file marks no such pixels."""
+        from rasterio.windows import Window
+
+        if not self.has_nodata:
+            return None
+        with _one_line(self.path):
+            valid = self.file.read_masks(self.bands, window=Window(left, top, width, height))
+        return ~valid.any(0)
+
     def _check_finite(self, values: np.ndarray, top: int, left: int) -> None:
         wrong = ~np.isfinite(values)
         if wrong.any():

@@ -1,16 +1,13 @@
 """Predict files and folders of images and videos; ``tools/predict.py`` is its command line."""
 
 import contextlib
-import errno
-import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
@@ -20,19 +17,27 @@ from tqdm import tqdm
 from ..config_check.building import source_of
 from ..errors import ConfigError
 from ..utils.ahead import ahead
-from ..utils.files import atomic_write, part_of
 from ..utils.signals import Stopped, StopSignals
 from ..utils.unwrap import bare_dataset
 from .manifest import Manifest, identity
-from .pipeline import LoadedImage
+from .outputs import (
+    IMAGE_ENDINGS,
+    SCENE_ENDINGS,
+    OutputError,
+    Outputs,
+    check_folder,
+    check_names,
+    remove_parts,
+    result_of,
+    write_image,
+)
+from .pipeline import LoadedImage, reads_bands
 from .pool import Work, share_out
 from .predictor import Prediction, Predictor
+from .scenes import predict_scene
 from .sources import find_sources
 from .video import PREPARED_AHEAD, predict_video
 from .visualize import add_legend, entries_of, overlay
-
-_ENDINGS = '.png', '_overlay.png', '_confidence.png'
-_FATAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE}  # the next write fails too
 
 
 @dataclass(frozen=True)
@@ -51,21 +56,6 @@ class Recipe:
         if rank is not None and (device or get_device()) == 'cuda' and torch.cuda.device_count():
             device = f'cuda:{rank % torch.cuda.device_count()}'
         return Predictor(self.config, self.checkpoint, device, self.aug_test, **self.options)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """What to write, and where; see :func:`predict_files`."""
-
-    folder: Path
-    with_overlay: bool = False
-    with_legend: bool = True
-    opacity: float = 0.5
-    video_format: str = 'mp4'
-
-
-class OutputError(OSError):
-    """A result cannot be written, and the next ones could not either; the message names the file and the reason."""
 
 
 def predict_files(
@@ -92,6 +82,7 @@ def predict_files(
         out_dir: the output folder. Each image gets ``NAME.png`` with class ids (8 bit, or 16 bit for more than 256
             classes); with ``with_overlay`` also ``NAME_overlay.png``, the image with the colours of the classes over
             it; if the predictor has the option ``confidence`` also ``NAME_confidence.png``, where 255 means certain.
+            If the loader of the config is ``LoadBands``, the results are GeoTIFFs (:mod:`mmseg_volo.inference.scenes`).
             Each video gets only ``NAME_overlay.mp4``, with its sound.
         with_legend: add a legend with the names and colours of the classes that occur below each overlay.
         opacity: weight of the colours in overlays, from 0 to 1.
@@ -114,9 +105,20 @@ def predict_files(
     dataset = bare_dataset((predictor.config.get('test_dataloader') or {}).get('dataset'))
     own = Path(f'x{dataset.get("img_suffix", "")}').suffix.lower()
     images, videos = find_sources(sources, out_dir, filter(None, [own]))
-    _check_folder(outputs.folder, {**images, **videos})
     confident = isinstance(predictor, Recipe) and bool(predictor.options.get('confidence'))
-    _check_names(images, ['.png', *['_overlay.png'] * with_overlay, *['_confidence.png'] * confident])
+    recipe = predictor if isinstance(predictor, Recipe) else None
+    if reads_bands(recipe.config, recipe.aug_test) if recipe else predictor.pipeline.bands:
+        if with_overlay and images:
+            raise ConfigError(
+                'overlay: LoadBands gives GeoTIFFs, whose colour table has the colours of the classes; leave it out, '
+                'and lay NAME.tif over the scene in a GIS'
+            )
+        known, endings = SCENE_ENDINGS, SCENE_ENDINGS[: 1 + confident]
+    else:
+        known = IMAGE_ENDINGS
+        endings = ['.png', *['_overlay.png'] * with_overlay, *['_confidence.png'] * confident]
+    check_folder(outputs.folder, {**images, **videos}, known)
+    check_names(images, endings)
     manifest = None
     if isinstance(predictor, Recipe):
         same_results = 'window_batch', 'cuda_graph'
@@ -135,34 +137,6 @@ def predict_files(
         if not todo:
             return {}
     return _Run(predictor, outputs, manifest, processes).do(images, videos)
-
-
-def _check_folder(folder: Path, targets: dict[Path, Path]) -> None:
-    """Make the output folder. Check that it is writable and that no result would replace a source."""
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f'{folder} is a file; the results need a folder')
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f'cannot write to {folder}: no permission, or a read-only disk')
-    sources = {path.resolve() for path in targets}
-    for path, target in targets.items():
-        if any(_result(folder.resolve() / target, ending) in sources for ending in _ENDINGS):
-            raise FileExistsError(f'the results of {path} would replace a source in {folder}; choose another folder')
-
-
-def _check_names(images: dict[Path, Path], endings: list[str]) -> None:
-    """Raise FileExistsError if two images have a result of the same name, as a.png and a_overlay.png may have."""
-    taken: dict[Path, Path] = {}
-    for path, target in images.items():
-        for result in (_result(target, ending) for ending in endings):
-            if (other := taken.setdefault(result, path)) is not path:
-                raise FileExistsError(
-                    f'{other} and {path} would both be written to {result}; predict them into different folders'
-                )
-
-
-def _result(target: Path, ending: str) -> Path:
-    return target.with_name(f'{target.name}{ending}')
 
 
 class _Run:
@@ -218,7 +192,7 @@ class _Run:
             with contextlib.closing(share_out(start, images.items(), processes, stop, self._begin)) as results:
                 for task, result, crash in results:
                     if crash:
-                        _remove_parts(self._outputs.folder / task[1])
+                        remove_parts(self._outputs.folder / task[1])
                     yield task, *(([], crash) if crash else result)
         else:
             predictor = self._load()
@@ -230,7 +204,7 @@ class _Run:
 
     def _video(self, path: Path, target: Path, stop: StopSignals) -> None:
         outputs = self._outputs
-        file = _result(target, f'_overlay.{outputs.video_format}')
+        file = result_of(target, f'_overlay.{outputs.video_format}')
         reason = None
         predictor = self._load()
         self._begin()
@@ -274,14 +248,10 @@ def _predict_images(
             for target, loaded in images:
                 stop.check()
                 try:
-                    if isinstance(loaded, Exception):
-                        raise loaded
-                    image, data = loaded
-                    prediction = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
+                    job = _predict(predictor, outputs, target, loaded, stop)
                     works = True
-                    job = partial(_save_or_fail, predictor, outputs, target, image, prediction)
                 except Exception as error:
-                    job = partial(_failure, _reason(error))
+                    job = partial(_outcome, [], _reason(error))
                     if not works:
                         check_config(error)
                 if writing is not None:
@@ -324,15 +294,28 @@ class _ConfigCheck:
         return type(error), ' '.join(str(error).split())
 
 
-def _failure(reason: str) -> tuple[list[str], str]:
-    return [], reason
+def _predict(
+    predictor: Predictor, outputs: Outputs, target: Path, loaded: tuple | Path | Exception, stop: StopSignals
+) -> Callable[[], tuple[list[str], str | None]]:
+    """Predict what :func:`_load` yields. The result writes the files, if they are not written yet, and names them."""
+    if isinstance(loaded, Exception):
+        raise loaded
+    if isinstance(loaded, Path):
+        return partial(_outcome, predict_scene(predictor, loaded, outputs.folder, target, stop.check), None)
+    image, data = loaded
+    prediction = predictor.predict(predictor.prepare(image) if data is None else data, stop.check)
+    return partial(_save_or_fail, predictor, outputs, target, image, prediction)
+
+
+def _outcome(files: list[str], reason: str | None) -> tuple[list[str], str | None]:
+    return files, reason
 
 
 def _save_or_fail(*arguments) -> tuple[list[str], str | None]:
     try:
         return _save(*arguments), None
     except Exception as error:
-        return _failure(_reason(error))
+        return [], _reason(error)
 
 
 def _reason(error: Exception) -> str:
@@ -345,12 +328,15 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _load(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, tuple | Exception]]:
-    """Yield each target with its image and the prepared data, or with the error.
+def _load(predictor: Predictor, tasks: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Path, tuple | Path | Exception]]:
+    """Yield each target with its image and the prepared data, or with the error; of scenes only with their path.
 
     Large images are only read: their views would take too much memory beside those of the image being predicted.
     """
     for path, target in tasks:
+        if predictor.pipeline.bands:
+            yield target, path
+            continue
         try:
             image = predictor.read(path)
             loaded = image, predictor.prepare(image) if image.pixels <= PREPARED_AHEAD else None
@@ -373,23 +359,5 @@ def _save(
             painted = add_legend(painted, entries_of(predictor.classes, predictor.palette, prediction.classes))
         results['_overlay.png'] = painted
     for ending, result in results.items():
-        _write(_result(outputs.folder / target, ending), result)
-    return [str(_result(target, ending)) for ending in results]
-
-
-def _write(path: Path, image: np.ndarray) -> None:
-    data = cv2.imencode('.png', image)[1].tobytes()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as part:
-            part.write_bytes(data)
-    except OSError as error:
-        if error.errno in _FATAL:
-            raise OutputError(f'{path} cannot be written ({error.strerror})') from error
-        raise
-
-
-def _remove_parts(target: Path) -> None:
-    """Remove the incomplete results that a killed process left."""
-    for ending in _ENDINGS:
-        part_of(_result(target, ending)).unlink(missing_ok=True)
+        write_image(result_of(outputs.folder / target, ending), result)
+    return [str(result_of(target, ending)) for ending in results]

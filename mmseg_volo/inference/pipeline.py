@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +12,15 @@ import mmcv
 import numpy as np
 from mmcv.transforms import Compose, LoadImageFromFile
 from mmengine.dataset import pseudo_collate
-from mmseg.datasets.transforms import LoadImageFromNDArray
+from mmseg.datasets.transforms import LoadImageFromNDArray, PackSegInputs
+from mmseg.registry import TRANSFORMS
 from PIL import UnidentifiedImageError
 
+from ..datasets.bands import LoadBands
 from ..datasets.checks.headers import read_header
 from ..datasets.loading import LoadCheckedImage, check_loaders, without_labels
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
+from ..utils.unwrap import bare_dataset, class_of
 from .images import as_bgr, check_complete, for_display, read_image, why_unreadable
 
 _KNOWN = LoadImageFromFile.transform, LoadCheckedImage.transform, LoadImageFromNDArray.transform
@@ -38,6 +41,14 @@ class LoadedImage(NamedTuple):
         return for_display(self.results['img'])
 
 
+def reads_bands(config: Mapping, aug_test: bool = False) -> bool:
+    """Whether a ``LoadBands`` is in the test pipeline of a config, or in its ``tta_pipeline`` if ``aug_test``."""
+    dataset = bare_dataset((config.get('test_dataloader') or {}).get('dataset'))
+    steps = config.get('tta_pipeline') if aug_test else dataset.get('pipeline')
+    kinds = [class_of(step, TRANSFORMS) for step in steps or () if isinstance(step, Mapping)]
+    return any(isinstance(kind, type) and issubclass(kind, LoadBands) for kind in kinds)
+
+
 class Pipeline:
     """A test pipeline without labels. Files go through its own loader; arrays replace what the loader returns.
 
@@ -48,6 +59,10 @@ class Pipeline:
         steps: the config of the pipeline.
         takes_bgr: whether the model takes colour images of 8 bits; then arrays of other kinds are converted to these
             where the loader leaves the kind open.
+
+    Attributes:
+        bands: the loader, if it is a ``LoadBands``, else None.
+        changes: names of the transforms after the loader that may change the image, or read all of it.
 
     Raises:
         ConfigError: a package that the loader needs is not installed.
@@ -62,7 +77,11 @@ class Pipeline:
         names = [type(transform).__name__ for transform in self._transforms]
         first = next((i for i, name in enumerate(names) if name.startswith('Load')), 0)
         self._loader, self._loaded = self._transforms[first], first + 1
-        self._kind = self._kind_of(self._loader, takes_bgr)
+        self.bands = self._loader if isinstance(self._loader, LoadBands) else None
+        self.changes = [
+            type(step).__name__ for step in self._transforms[first + 1 :] if type(step) is not PackSegInputs
+        ]
+        self._kind = self._kind_of(self._loader, takes_bgr and self.bands is None)
         check_loaders(self._loader)
 
     def _kind_of(self, loader: object, takes_bgr: bool) -> str:
@@ -89,6 +108,11 @@ class Pipeline:
             OSError: the file cannot be read.
             ValueError: it is no image that the loader reads, or broken.
         """
+        if self.bands:  # which checks the file itself
+            try:
+                return self._load(str(path))
+            except DataError as error:
+                raise ValueError(str(error).removeprefix(f'{path}: ')) from error
         data = Path(path).read_bytes()
         check_complete(data)
         try:

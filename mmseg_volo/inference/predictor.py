@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from os import PathLike
 from typing import NamedTuple
 
@@ -11,13 +11,15 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from torch import nn
 
 from ..config_check import building
 from ..config_check.lookup import nearest
 from ..errors import ConfigError
-from ..models.inputs import expected_by
+from ..models.inputs import check_images, expected_by
 from ..models.onnx import is_onnx, with_onnx
+from ..models.segmentors import StreamingEncoderDecoder
 from ..models.windows import WindowNetwork
 from .model import init_model
 from .options import check_tta, datasets_to_test, set_inference_options
@@ -169,6 +171,57 @@ class Predictor:
         sample = self.model.test_step(data)[0]
         confidence = sample.seg_confidence.data[0].cpu().numpy() if 'seg_confidence' in sample else None
         return Prediction(_to_numpy(sample.pred_sem_seg.data[0], self._segmentor.out_channels), confidence)
+
+    @property
+    def confident(self) -> bool:
+        """Whether predictions have a confidence."""
+        return bool((self._test_cfg or {}).get('confidence'))
+
+    @property
+    def needs_whole(self) -> str:
+        """Why an image cannot be predicted window by window, as a clause; '' if it can."""
+        cfg = self._test_cfg or {}
+        if self.model is not self._segmentor:
+            return 'test-time augmentation needs the whole image; leave out --aug-test'
+        if self.pipeline.changes:
+            return f"the test pipeline's {', '.join(self.pipeline.changes)} needs the whole image; leave it out"
+        if cfg.get('mode', 'whole') != 'slide':
+            return "model.test_cfg.mode is 'whole'; set mode='slide' with crop_size and stride"
+        if not (isinstance(self.model, StreamingEncoderDecoder) and self.model.predicts_windows):
+            return f'the {type(self.model).__name__} has an own way of prediction; use StreamingEncoderDecoder'
+        return ''
+
+    def check(self, image: torch.Tensor, path: str) -> None:
+        """Check that an image (C, H, W) from a file, or a part of it, is of the kind that the model takes.
+
+        Raises:
+            ValueError: another number of channels, or another range of values.
+        """
+        check_images(self._segmentor, [image], [SegDataSample(metainfo=dict(img_path=path))])
+
+    @torch.no_grad()
+    def predict_windows(
+        self,
+        size: tuple[int, int],
+        read: Callable[[int, int, int, int], torch.Tensor],
+        by_rows: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray | None]]:
+        """Predict an image that need not fit into memory; only if :attr:`needs_whole` is ''.
+
+        Args:
+            size, read, by_rows: see
+                :meth:`~mmseg_volo.models.segmentors.StreamingEncoderDecoder.predict_windows`.
+            progress: see :meth:`predict`.
+
+        Yields:
+            The rows and columns of a tile, its class ids, and its confidence or None.
+        """
+        self._segmentor.test_cfg = self._test_cfg
+        self.model.network.progress = progress
+        for rows, columns, classes, confidence in self.model.predict_windows(size, read, by_rows):
+            certain = None if confidence is None else confidence.cpu().numpy()
+            yield rows, columns, classes.cpu().numpy(), certain
 
 
 def _check_options(options: Mapping) -> None:

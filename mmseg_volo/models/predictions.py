@@ -1,5 +1,7 @@
 """Turn the logits of windows into predictions of full size: class ids, confidence, and logits where asked for."""
 
+from collections.abc import Iterator
+
 import torch
 from mmengine.structures import PixelData
 from mmseg.models import EncoderDecoder
@@ -44,13 +46,39 @@ def results_of(
             found[sample] = torch.empty(C, *sizes, device=device)
         maps.append(found)
 
+    for n, along, across, scores, logits in _scores(segmentor, network, images, average, sigmoid_twice):
+        found = {name: data.mT if images[n][0].transposed else data for name, data in maps[n].items()}
+        classes = classes_of(segmentor, scores, dim=1)
+        found['pred_sem_seg'][0, along, across] = classes[:, 0]
+        if sample in found:
+            (rows, to_rows), (columns, to_columns) = map(_sampled, (along, across))
+            source = scores if average else logits
+            found[sample][:, to_rows, to_columns] = source[rows, :, columns].transpose(0, 1)
+        if 'seg_logits' in found:
+            found['seg_logits'][:, along, across] = scores.transpose(0, 1)
+        if 'seg_confidence' in found:
+            found['seg_confidence'][0, along, across] = _confidence(scores, classes, 1, average)[:, 0]
+    return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]
+
+
+def _scores(
+    segmentor: EncoderDecoder,
+    network: WindowNetwork,
+    images: list[list[View]],
+    average: bool = False,
+    sigmoid_twice: bool = False,
+) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
+    """Yield for each tile the image's index, where it is along and across the walk, and its scores (R, C, T).
+
+    These are logits, or probabilities averaged over views, or probabilities of one channel. The last item is the logits
+    of the last view.
+    """
     with network.running():
         for n, along, across, tiles in network.stream(images):
-            found = {name: data.mT if images[n][0].transposed else data for name, data in maps[n].items()}
-            scores = None  # (R, C, T): logits, or probabilities summed over views
+            scores = None
             for logits in tiles:
                 score = logits
-                if C == 1:
+                if segmentor.out_channels == 1:
                     score = score.sigmoid()
                     if average and sigmoid_twice:
                         score = score.sigmoid()
@@ -59,17 +87,22 @@ def results_of(
                 scores = score if scores is None else scores.add_(score)
             if average:
                 scores /= len(images[n])
-            classes = classes_of(segmentor, scores, dim=1)
-            found['pred_sem_seg'][0, along, across] = classes[:, 0]
-            if sample in found:
-                (rows, to_rows), (columns, to_columns) = map(_sampled, (along, across))
-                source = scores if average else logits
-                found[sample][:, to_rows, to_columns] = source[rows, :, columns].transpose(0, 1)
-            if 'seg_logits' in found:
-                found['seg_logits'][:, along, across] = scores.transpose(0, 1)
-            if 'seg_confidence' in found:
-                found['seg_confidence'][0, along, across] = _confidence(scores, classes, 1, average)[:, 0]
-    return [{name: PixelData(data=data) for name, data in found.items()} for found in maps]
+            yield n, along, across, scores, logits
+
+
+@torch.no_grad()
+def tiles_of_one(
+    segmentor: EncoderDecoder, network: WindowNetwork, view: View
+) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+    """Yield the rows and columns of each tile of one view, its class ids, and its confidence if ``test_cfg`` asks."""
+    for _, along, across, scores, _ in _scores(segmentor, network, [[view]]):
+        classes = classes_of(segmentor, scores, dim=1)
+        confidence = _confidence(scores, classes, 1, False)[:, 0] if segmentor.test_cfg.get('confidence') else None
+        classes = classes[:, 0]
+        if view.transposed:
+            yield across, along, classes.mT, None if confidence is None else confidence.mT
+        else:
+            yield along, across, classes, confidence
 
 
 def classes_of(segmentor: EncoderDecoder, scores: Tensor, dim: int) -> Tensor:

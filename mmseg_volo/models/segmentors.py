@@ -1,13 +1,12 @@
 """mmseg's segmentor and test-time augmentation with streaming prediction (:mod:`mmseg_volo.models.streaming`)."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import is_model_wrapper
 from mmengine.structures import PixelData
-from mmseg.models import EncoderDecoder, SegDataPreProcessor, SegTTAModel
+from mmseg.models import EncoderDecoder, SegTTAModel
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from mmseg.utils import SampleList
@@ -18,8 +17,9 @@ from ..checkpoints.compatibility import check_weights
 from ..utils.devices import check_device
 from .inputs import check_images
 from .overrides import can_stream, can_stream_views, is_plain_preprocessor, is_standard, same_result, windows_suffice
-from .predictions import classes_of, complete, results_of
-from .streaming import View, axis
+from .predictions import classes_of, complete, results_of, tiles_of_one
+from .streaming import View
+from .views import prepared_crops, view_of, windows_of
 from .windows import WindowNetwork
 
 
@@ -135,10 +135,45 @@ class StreamingEncoderDecoder(EncoderDecoder):
             return samples
         if data_samples is None:
             data_samples = [SegDataSample() for _ in inputs]
-        views = [[_view(self, sample, image)] for image, sample in zip(inputs, data_samples, strict=True)]
+        views = [[view_of(self, sample, image)] for image, sample in zip(inputs, data_samples, strict=True)]
         for sample, result in zip(data_samples, results_of(self, self.network, views), strict=True):
             sample.set_data(result)
         return data_samples
+
+    @property
+    def predicts_windows(self) -> bool:
+        """Whether :meth:`predict_windows` gives the result of :meth:`predict`, since nothing is overridden."""
+        return can_stream_views(self) and is_plain_preprocessor(self.data_preprocessor)
+
+    def predict_windows(
+        self, size: tuple[int, int], read: Callable[[int, int, int, int], Tensor], by_rows: bool = False
+    ) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
+        """Predict an image that need not fit into memory: read its windows when they are due.
+
+        Args:
+            size: (height, width) of the image.
+            read: returns the image's pixels (C, rows, columns) at ``(top, left, rows, columns)``, before the data
+                preprocessor.
+            by_rows: go from top to bottom, also if the image is wider than high.
+
+        Yields:
+            The rows and columns of a tile, its class ids, and with ``test_cfg.confidence`` the probability of these
+            classes, (rows, columns) each. The ids are those of :meth:`predict` for the whole image, bit for bit unless
+            ``by_rows`` changes the order in which windows are added.
+
+        Raises:
+            ValueError: something is overridden, so that the image has to be predicted at once.
+        """
+        if not self.predicts_windows:
+            raise ValueError(
+                'the model cannot predict window by window: it, its head or its preprocessor is an own one'
+            )
+        view = view_of(
+            self, SegDataSample(metainfo=dict(ori_shape=size)), *prepared_crops(self.data_preprocessor, size, read)
+        )
+        if by_rows:
+            view = View(view.crop, view.rows, view.columns, transposed=False)
+        yield from tiles_of_one(self, self.network, view)
 
     @same_result
     def slide_inference(self, inputs: Tensor, batch_img_metas: Sequence[dict] = ()) -> Tensor:
@@ -158,7 +193,7 @@ class StreamingEncoderDecoder(EncoderDecoder):
         return windows_suffice(self) and is_standard(self, name, below=StreamingEncoderDecoder)
 
     def _logits(self, inputs: Tensor, mode: str) -> Tensor:
-        views = [[_view(self, SegDataSample(), image, mode=mode)] for image in inputs]
+        views = [[view_of(self, SegDataSample(), image, mode=mode)] for image in inputs]
         logits = inputs.new_empty(len(inputs), self.out_channels, *inputs.shape[2:])
         with self.network.running():
             for n, along, across, tiles in self.network.stream(views):
@@ -251,7 +286,7 @@ class StreamingTTAModel(SegTTAModel):
             samples[0].set_data(dict(pred_sem_seg=PixelData(data=classes), seg_logits=PixelData(data=average)))
         return [samples[0] for samples in data_samples_list]
 
-    def _view_by_view(self, data: dict | tuple | list) -> SampleList:
+    def _view_byview_of(self, data: dict | tuple | list) -> SampleList:
         network = self.network
         if network is None:
             return super().test_step(data)
@@ -286,14 +321,17 @@ class StreamingTTAModel(SegTTAModel):
         preprocessor = self.segmentor.data_preprocessor
         if is_plain_preprocessor(preprocessor):
             # It is pixel-wise: applied to windows, it leaves the view in 8 bits.
-            crops = [_prepared_crops(preprocessor, image) for image in inputs]
-            return [_view(self.segmentor, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
+            crops = [
+                prepared_crops(preprocessor, image.shape[-2:], windows_of(image, preprocessor.device))
+                for image in inputs
+            ]
+            return [view_of(self.segmentor, sample, *crop) for sample, crop in zip(samples, crops, strict=True)]
         # One by one: it may stack a batch, which takes images of one size only.
         prepared = [
             preprocessor(dict(inputs=[image], data_samples=[sample]), False)
             for image, sample in zip(inputs, samples, strict=True)
         ]
-        return [_view(self.segmentor, one['data_samples'][0], one['inputs'][0]) for one in prepared]
+        return [view_of(self.segmentor, one['data_samples'][0], one['inputs'][0]) for one in prepared]
 
 
 def _by_size(step: Callable, data: dict | tuple | list) -> SampleList:
@@ -309,104 +347,3 @@ def _by_size(step: Callable, data: dict | tuple | list) -> SampleList:
         for i, result in zip(chosen, found, strict=True):
             results[i] = result
     return results
-
-
-def _view(
-    segmentor: EncoderDecoder,
-    sample: SegDataSample,
-    image: Tensor | Callable,
-    shape: tuple[int, int] | None = None,
-    padding: Sequence[int] | None = None,
-    mode: str | None = None,
-) -> View:
-    """The view that a data sample describes; of a preprocessed image (3, H, W), or of a crop function and a shape.
-
-    ``mode`` is 'slide' or 'whole', by default that of ``test_cfg``.
-    """
-    if isinstance(image, Tensor):
-        shape = tuple(image.shape[-2:])
-        crop = lambda top, left, height, width: image[:, top : top + height, left : left + width]  # noqa: E731
-    else:
-        crop = image
-    meta = sample.metainfo
-    if padding is None:
-        padding = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
-    left, right, top, bottom = map(int, padding)
-    out = tuple(map(int, meta.get('ori_shape', shape)[:2]))
-    flip = meta.get('flip_direction') if meta.get('flip') else None
-    if flip not in (None, 'horizontal', 'vertical'):
-        raise ValueError(f"flip_direction must be 'horizontal' or 'vertical', got {flip!r}")
-    shape, right, bottom, crop = _enlarged(segmentor, shape, right, bottom, crop)
-    window, stride = _windows(segmentor, shape, mode)
-    align = bool(segmentor.align_corners)
-    rows = axis(shape[0], window[0], stride[0], out[0], top, bottom, flip == 'vertical', align)
-    columns = axis(shape[1], window[1], stride[1], out[1], left, right, flip == 'horizontal', align)
-    return View(crop, rows, columns)
-
-
-def _enlarged(
-    segmentor: EncoderDecoder, shape: tuple[int, int], right: int, bottom: int, crop: Callable
-) -> tuple[tuple[int, int], int, int, Callable]:
-    """Pad a view at the right and the bottom to the smallest input of the backbone, as the data preprocessor pads."""
-    smallest = getattr(segmentor.backbone, 'smallest', 1)
-    beside, below = max(smallest - shape[1], 0), max(smallest - shape[0], 0)
-    if not beside and not below:
-        return shape, right, bottom, crop
-
-    def enlarged(top: int, left: int, height: int, width: int) -> Tensor:
-        window = crop(top, left, min(height, shape[0] - top), min(width, shape[1] - left))
-        missing = 0, width - window.shape[2], 0, height - window.shape[1]
-        return F.pad(window, missing, value=getattr(segmentor.data_preprocessor, 'pad_val', 0))
-
-    return (shape[0] + below, shape[1] + beside), right + beside, bottom + below, enlarged
-
-
-def _windows(
-    segmentor: EncoderDecoder, shape: tuple[int, int], mode: str | None = None
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Size and stride of the windows in a view of this shape; one window in mode 'whole'."""
-    cfg = segmentor.test_cfg
-    mode = mode or cfg.get('mode', 'whole')
-    if mode == 'whole':
-        return shape, shape
-    if mode != 'slide':
-        raise ValueError(f"test_cfg.mode must be 'slide' or 'whole', got {mode!r}")
-    crop, stride = tuple(cfg['crop_size']), tuple(cfg['stride'])
-    if any(not 0 < s <= c for c, s in zip(crop, stride, strict=True)):
-        raise ValueError(f'test_cfg.stride must be within 1...crop_size, got stride {stride} with crop_size {crop}')
-    return crop, stride
-
-
-def _prepared_crops(pre: SegDataPreProcessor, image: Tensor) -> tuple[Callable, tuple[int, int], tuple]:
-    """A function that crops an image (3, h, w) and preprocesses the crop; the image's padded shape; the padding."""
-    height, width = image.shape[-2:]
-    cfg = pre.test_cfg or {}
-    if cfg.get('size') is not None:
-        shape = max(height, cfg['size'][-2]), max(width, cfg['size'][-1])
-    else:
-        divisor = cfg.get('size_divisor') or 1
-        shape = -(-height // divisor) * divisor, -(-width // divisor) * divisor
-
-    # The first name is onedl-mmsegmentation's, the second that of mmsegmentation 1.2.2.
-    swap = pre._channel_conversion if hasattr(pre, '_channel_conversion') else pre.channel_conversion
-
-    def crop(top: int, left: int, rows: int, columns: int) -> Tensor:
-        nonlocal image
-        # Uploaded with the first window, while the device computes other views.
-        image = _uploaded(image, pre.device)
-        window = image[:, top : top + rows, left : left + columns]
-        if swap and len(window) == 3:
-            window = window.flip(0)
-        window = window.float()
-        if pre._enable_normalize:
-            window = (window - pre.mean) / pre.std
-        return F.pad(window, (0, columns - window.shape[2], 0, rows - window.shape[1]), value=pre.pad_val)
-
-    return crop, shape, (0, shape[1] - width, 0, shape[0] - height)
-
-
-def _uploaded(image: Tensor, device: torch.device) -> Tensor:
-    """Copy the image to the device; to a GPU asynchronously, which needs pinned memory."""
-    if image.device.type == 'cpu' and torch.device(device).type == 'cuda':
-        image = image.pin_memory()
-    return image.to(device, non_blocking=True)

@@ -184,6 +184,7 @@ class View:
     Args:
         crop: returns the preprocessed window (channels, height, width) at ``(top, left, height, width)``.
         rows, columns: the view's axes.
+        transposed: walk along the columns; default: if the result is wider than high.
 
     Attributes:
         shape: (height, width) of the result.
@@ -191,10 +192,16 @@ class View:
         along, across: the axes along the walk and across it.
     """
 
-    def __init__(self, crop: Callable[[int, int, int, int], Tensor], rows: Axis, columns: Axis):
-        self.crop = crop
+    def __init__(
+        self,
+        crop: Callable[[int, int, int, int], Tensor],
+        rows: Axis,
+        columns: Axis,
+        transposed: bool | None = None,
+    ):
+        self.crop, self.rows, self.columns = crop, rows, columns
         self.shape = rows.out, columns.out
-        self.transposed = columns.out > rows.out
+        self.transposed = columns.out > rows.out if transposed is None else transposed
         self.along, self.across = (columns, rows) if self.transposed else (rows, columns)
         self._size = 0, 0  # h, w
         # Slices (rows, C, n, w) by window index along the walk and first row, as long as they are needed.
