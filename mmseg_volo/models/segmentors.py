@@ -286,7 +286,7 @@ class StreamingTTAModel(SegTTAModel):
             samples[0].set_data(dict(pred_sem_seg=PixelData(data=classes), seg_logits=PixelData(data=average)))
         return [samples[0] for samples in data_samples_list]
 
-    def _view_byview_of(self, data: dict | tuple | list) -> SampleList:
+    def _view_by_view(self, data: dict | tuple | list) -> SampleList:
         network = self.network
         if network is None:
             return super().test_step(data)
