@@ -58,17 +58,20 @@ def predict_scene(
             tiles, by_rows = _tiles(predictor, file, check)
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             parts = [stack.enter_context(atomic_write(folder / name)) for name in names]
-            writers = [stack.enter_context(_writer(predictor, file, part, ids=part is parts[0])) for part in parts]
-            strips = [Strips(file, writer, by_rows) for writer in writers]
+            strips = []
+            for part, name in zip(parts, names, strict=True):
+                stack.enter_context(_write_errors(folder / name))
+                writer = stack.enter_context(_writer(predictor, file, part, ids=part is parts[0]))
+                strips.append(Strips(file, writer, by_rows))
             with contextlib.closing(tiles):
                 for rows, columns, classes, confidence in tiles:
                     strips[0].put(rows, columns, classes)
                     if confident:
                         strips[1].put(rows, columns, np.rint(confidence * 255))
-            for strip, writer, part in zip(strips, writers, parts, strict=True):
-                strip.finish()
-                writer.close()
-                strip.compare(part)
+            for strip, part, name in zip(strips, parts, names, strict=True):
+                with _write_errors(folder / name):
+                    strip.finish()
+                    strip.compare(part)
     except DataError as error:
         raise ValueError(str(error).removeprefix(f'{path}: ')) from error
     return [str(name) for name in names]
@@ -143,7 +146,7 @@ def _writer(predictor: Predictor, file: BandFile, part: Path, ids: bool) -> Iter
         profile['transform'] = source.transform
     if ids:
         profile['nodata'] = 65535 if wide else 255
-    with _write_errors(part), rasterio.open(part, 'w', **profile) as result:
+    with rasterio.open(part, 'w', **profile) as result:
         points, crs = source.gcps
         if points:
             result.gcps = points, crs
@@ -195,8 +198,10 @@ class Strips:
         self._buffer[place, across] = values if self._by_rows else values.T
 
     def finish(self) -> None:
+        """Write what is left, and close the file."""
         while self._start < self._length:
             self._flush()
+        self._writer.close()
 
     def _flush(self) -> None:
         from rasterio.windows import Window
@@ -216,9 +221,14 @@ class Strips:
         self._start += count
 
     def compare(self, path: Path) -> None:
-        """Read the closed file and compare it with what was written: GDAL does not report each failed write."""
-        import rasterio
+        """Read the closed file and compare it with what was written: GDAL does not report each failed write.
 
-        with _write_errors(path), rasterio.open(path) as written:
+        Raises:
+            RasterioError: the file cannot be read, or its content differs.
+        """
+        import rasterio
+        from rasterio.errors import RasterioError
+
+        with rasterio.open(path) as written:
             if any(zlib.crc32(written.read(1, window=window)) != crc for window, crc in self._sums):
-                raise OutputError(f'{path} cannot be written (its content differs after writing)')
+                raise RasterioError('its content differs after writing')

@@ -83,25 +83,21 @@ def test_statistics_equal_those_of_a_loop(dtype, low, high, pixels, tmp_path, mo
     assert found.mean == pytest.approx(means, rel=1e-12) and found.deviation == pytest.approx(deviations, rel=1e-7)
 
 
-def test_statistics_of_all_training_images(images, tmp_path):
-    report = check_config(config(tmp_path), workers=1)[0]
-    means, deviations = by_loops(
-        [np.concatenate([images[f'train/{i}'][c].ravel() for i in range(6)]).tolist() for c in range(4)]
-    )
-    assert report.statistics.mean == pytest.approx(means, rel=1e-12)
-    assert report.statistics.deviation == pytest.approx(deviations, rel=1e-9) and report.measured == 6
-
-
 def kinds(reports) -> list[tuple]:
     return [(f.split, f.kind, Path(f.path).name, f.fault) for report in reports for f in report.findings]
 
 
-def test_numbers_that_fit_are_no_finding(images, tmp_path):
-    first = check_config(config(tmp_path), workers=1)
-    assert kinds(first) == [('train', 'mean and deviation', 'train', False)]
-    found = first[0].statistics
+def test_statistics_of_all_training_images(images, tmp_path):
+    reports = check_config(config(tmp_path), ['train'], workers=1)
+    means, deviations = by_loops(
+        [np.concatenate([images[f'train/{i}'][c].ravel() for i in range(6)]).tolist() for c in range(4)]
+    )
+    found = reports[0].statistics
+    assert found.mean == pytest.approx(means, rel=1e-12) and reports[0].measured == 6
+    assert found.deviation == pytest.approx(deviations, rel=1e-9)
+    assert kinds(reports) == [('train', 'mean and deviation', 'train', False)]
     right = config(tmp_path, mean=found.mean.round(1).tolist(), std=found.deviation.round(1).tolist())
-    assert kinds(check_config(right, workers=1)) == []
+    assert kinds(check_config(right, ['train'], workers=1)) == []
 
 
 def test_channels_that_the_model_does_not_take(images, tmp_path):
@@ -111,22 +107,23 @@ def test_channels_that_the_model_does_not_take(images, tmp_path):
     assert 'images of 4 channels are read, but model.backbone.in_channels is 3; set it to' in texts
     assert 'data_preprocessor has 3 numbers in mean' in texts
     chosen = [dict(type='LoadBands', bands=(3, 2, 1)), *PIPELINE[1:]]
-    assert {kind for _, kind, *_ in kinds(check_config(config(tmp_path, chosen, 3), workers=1))} <= {
-        'mean and deviation'
-    }
+    reports = check_config(config(tmp_path, chosen, 3), ['train'], workers=1)
+    assert {kind for _, kind, *_ in kinds(reports)} <= {'mean and deviation'}
 
 
 def test_files_of_other_kinds(images, tmp_path):
     write_tiff(tmp_path / 'images/train/2.tif', scene(9, (3, *SHAPE)))
     write_tiff(tmp_path / 'images/train/4.tif', scene(9, (4, *SHAPE), 'uint8', 250))
-    reports = check_config(config(tmp_path), workers=1)
+    reports = check_config(config(tmp_path), ['train'], workers=1)
     assert ('train', 'bands of an image', '2.tif', True) in kinds(reports)
     assert ('train', 'values of an image', '4.tif', False) in kinds(reports)
     assert 'it has 3 bands, and 5 other images have 4; choose bands' in ' '.join(map(str, reports[0].findings))
     with pytest.raises(DataError, match='it has 3 bands, and 5 other images have 4'):
         quick_check(config(tmp_path).train_dataloader.dataset)
     chosen = [dict(type='LoadBands', bands=(1, 2, 3)), *PIPELINE[1:]]
-    assert not [one for one in kinds(check_config(config(tmp_path, chosen, 3), workers=1)) if 'bands' in one[1]]
+    assert not [
+        one for one in kinds(check_config(config(tmp_path, chosen, 3), ['train'], workers=1)) if 'bands' in one[1]
+    ]
 
 
 def test_broken_files_and_labels_of_another_size(images, tmp_path):
@@ -146,13 +143,17 @@ def test_broken_files_and_labels_of_another_size(images, tmp_path):
 def test_the_tool_prints_numbers_to_copy(images, tmp_path, monkeypatch, capsys):
     main = runpy.run_path(str(ROOT / 'tools/check_data.py'))['main']
     (tmp_path / 'config.py').write_text(config(tmp_path).pretty_text)
-    monkeypatch.setattr('sys.argv', ['check_data.py', str(tmp_path / 'config.py'), '--workers', '1'])
+    monkeypatch.setattr(
+        'sys.argv', ['check_data.py', str(tmp_path / 'config.py'), '--workers', '1', '--split', 'train']
+    )
     assert main() == 0
     printed = capsys.readouterr().out
     assert 'mean and deviation of 4 channels over 6 images (5,760 pixels with data):' in printed
     text = printed[printed.index('data_preprocessor=') :].split('])\n')[0] + '])'
     pre = eval(f'dict({text})')['data_preprocessor']  # as a user would paste it
-    assert pre['mean'] == pytest.approx(check_config(config(tmp_path), workers=1)[0].statistics.mean, rel=1e-5)
+    assert pre['mean'] == pytest.approx(
+        [np.mean([images[f'train/{i}'][c] for i in range(6)]) for c in range(4)], rel=1e-5
+    )
     assert (tmp_path / 'work').is_dir() and 'warning: train: mean and deviation (1)' in printed
 
 
@@ -162,5 +163,5 @@ def test_bands_that_other_loaders_drop_are_told(images, tmp_path):
     assert bands_module.dropped_bands(data, 'color').startswith('the file has 4 bands, but the loader gives 3')
     assert not bands_module.dropped_bands(data, 'unchanged')
     plain = [dict(type='LoadCheckedImage'), *PIPELINE[1:]]
-    found = kinds(check_config(config(tmp_path, plain, 3), workers=1))
+    found = kinds(check_config(config(tmp_path, plain, 3), ['train'], workers=1))
     assert ('train', 'bands of an image', '0.tif', False) in found
