@@ -21,8 +21,9 @@ Predict images and save their class ids as PNG; predict videos and save overlays
 
 Each image gives DIR/NAME.png with class ids, with --overlay also NAME_overlay.png, with --confidence also
 NAME_confidence.png. With the loader LoadBands in the config, the class ids are a GeoTIFF, DIR/NAME.tif, with the
-georeference of the scene, which may be larger than the memory. Each video gives NAME_overlay.mp4 with the times and the sound of the video. A folder stands for
-all images in it and in its subfolders, or for all videos if there is no image.
+georeference of the scene, which may be larger than the memory. Each video gives NAME_overlay.mp4 with the times and
+the sound of the video. A folder stands for all images in it and in its subfolders, or for all videos if there is no
+image.
 """
 EPILOG = """\
 mp4 (H.264) and webm (VP9) play in browsers and players; webm holds only Opus and Vorbis sound. After Ctrl-C or SIGTERM
