@@ -198,7 +198,7 @@ class LoadBands(BaseTransform):
         self.bands, self.fill = bands, fill
 
     def transform(self, results: dict) -> dict:
-        """Add ``img`` (H, W, C), ``img_shape``, ``ori_shape``, and ``nodata`` (H, W), bool, if a pixel has no data.
+        """Add ``img`` (H, W, C), its shapes and ``order``, and ``nodata`` (H, W), bool, if a pixel has no data.
 
         Raises:
             DataError: the file cannot be read, lacks a band, or has values that are NaN or infinite.
@@ -213,6 +213,7 @@ class LoadBands(BaseTransform):
             ) from error
         results['img'] = np.ascontiguousarray(values.transpose(1, 2, 0))
         results['img_shape'] = results['ori_shape'] = values.shape[1:]
+        results['order'] = 'rgb'  # for what shows the image: the first three bands are red, green and blue
         if missing is not None and (nodata := missing.all(0)).any():
             results['nodata'] = nodata
         return results

@@ -38,7 +38,10 @@ class LoadedImage(NamedTuple):
 
     def shown(self) -> np.ndarray:
         """The image to look at: BGR (H, W, 3), uint8; see :func:`~mmseg_volo.inference.images.for_display`."""
-        return for_display(self.results['img'])
+        image = self.results['img']
+        if self.results.get('order') == 'rgb' and image.shape[2:] >= (3,):  # of LoadBands
+            image = image[..., 2::-1]
+        return for_display(image)
 
 
 def reads_bands(config: Mapping, aug_test: bool = False) -> bool:

@@ -157,6 +157,13 @@ def test_more_classes_than_eight_bits(tmp_path):
     assert found[5:].max() > 255
 
 
+def test_images_are_shown_in_natural_colours(predictor, tmp_path):
+    bands = np.zeros((4, 40, 50), np.uint8)
+    bands[0] = 200  # red
+    loaded = predictor.read(write_tiff(tmp_path / 's.tif', bands))
+    assert loaded.results['img'][0, 0].tolist() == [200, 0, 0, 0] and loaded.shown()[0, 0].tolist() == [0, 0, 200]
+
+
 WHOLE = {
     'a transform': (
         dict(pipeline=[PIPELINE[0], dict(type='Resize', scale=(96, 80), keep_ratio=False), *PIPELINE[1:]]),
