@@ -21,7 +21,17 @@ if __name__ == '__main__':  # the imports below take seconds: until run_tool, Ct
 from mmengine.device import get_device
 
 from mmseg_volo import benchmark
-from mmseg_volo.benchmark import COMPILED, IMPLEMENTATIONS, MODES, NETWORKS, OPTIONS, RUNS, SIDES, Settings
+from mmseg_volo.benchmark import (
+    COMPILED,
+    FILE_RUNTIMES,
+    IMPLEMENTATIONS,
+    MODES,
+    NETWORKS,
+    OPTIONS,
+    RUNS,
+    SIDES,
+    Settings,
+)
 from mmseg_volo.benchmark.camvid import find_camvid
 from mmseg_volo.benchmark.op import COMPILED as COMPILED_REFERENCE
 from mmseg_volo.benchmark.op import REFERENCE
@@ -133,7 +143,7 @@ def precision(args: argparse.Namespace) -> list:
     given = dict(device=args.device, threads=args.threads, aug_test=args.aug_test)
     return [
         benchmark.PrecisionCase.of(
-            args.config, args.checkpoint, args.source, args.options, args.onnx, args.limit, **given
+            args.config, args.checkpoint, args.source, args.options, args.onnx, args.runtimes, args.limit, **given
         )
     ]
 
@@ -186,6 +196,13 @@ def build_parser() -> argparse.ArgumentParser:
     plain = [name for name in OPTIONS if name != 'compile']
     sub.add_argument('--options', nargs='+', choices=list(OPTIONS), default=plain, help='default: all but compile')
     sub.add_argument('--onnx', nargs='+', default=[], metavar='FILE', help='the model as exported by tools/export.py')
+    sub.add_argument(
+        '--runtimes',
+        nargs='+',
+        choices=list(FILE_RUNTIMES),
+        default=['onnxruntime'],
+        help='of --onnx; default onnxruntime',
+    )
     sub.add_argument('--aug-test', '--tta', action='store_true', help='multi-scale and flip (tta_pipeline)')
     sub.add_argument('--limit', type=COUNT, default=10, metavar='N', help='images at most; default %(default)s')
     sub.add_argument('--rounds', type=COUNT, default=3, help='default %(default)s')

@@ -12,12 +12,13 @@ from .inference import InferenceCase, ScalingCase, sizes_of
 from .machine import describe, environment
 from .models import NETWORKS, RUNS, ModelsCase
 from .op import IMPLEMENTATIONS, MODES, OpCase
-from .precision import OPTIONS, PrecisionCase
+from .precision import FILE_RUNTIMES, OPTIONS, PrecisionCase
 from .saving import SaveCase
 from .training import TrainCase
 
 __all__ = [
     'COMPILED',
+    'FILE_RUNTIMES',
     'IMPLEMENTATIONS',
     'MODES',
     'NETWORKS',

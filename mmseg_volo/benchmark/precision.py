@@ -23,6 +23,12 @@ OPTIONS = {
     'channels-last': dict(precision='fp32', channels_last=True),
     'compile': dict(precision='fp32', compile=True),
 }
+# What runs an exported file, in float32 unless the name says more.
+FILE_RUNTIMES = {
+    'onnxruntime': dict(runtime='onnxruntime'),
+    'openvino': dict(runtime='openvino'),
+    'openvino-bf16': dict(runtime='openvino', precision='bf16'),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class PrecisionCase(Comparison):
     Args:
         sides: names in :data:`OPTIONS`, 'fp32' first, and the names of ``files``.
         config, checkpoint: of the model.
-        files: the model as exported by ``tools/export.py``, by name.
+        files: the model as exported by ``tools/export.py``, and a name in :data:`FILE_RUNTIMES`, by the side's name.
         images: arrays (H, W, 3), BGR, uint8.
         aug_test: multi-scale and flip.
         others: see :class:`Comparison`.
@@ -40,7 +46,7 @@ class PrecisionCase(Comparison):
 
     config: str
     checkpoint: str
-    files: dict[str, str]
+    files: dict[str, tuple[str, str]]
     images: tuple[np.ndarray, ...]
     aug_test: bool = False
 
@@ -50,7 +56,7 @@ class PrecisionCase(Comparison):
     @classmethod
     def of(
         cls, config: str, checkpoint: str, sources: Sequence[str], options: Sequence[str], onnx: Sequence[str],
-        limit: int, **others: Any,
+        runtimes: Sequence[str], limit: int, **others: Any,
     ) -> 'PrecisionCase':  # fmt: skip
         """The case for images that a user names.
 
@@ -58,7 +64,7 @@ class PrecisionCase(Comparison):
             FileNotFoundError: no config, or no image that can be read.
         """
         load_config(config)  # a wrong name is reported before images are read
-        files = {Path(file).name: file for file in onnx}
+        files = {f'{Path(file).name}, {runtime}': (file, runtime) for file in onnx for runtime in runtimes}
         sides = tuple(dict.fromkeys([_BASELINE, *options, *files]))
         images = tuple(read_images(sources, limit))
         return cls(sides=sides, config=config, checkpoint=checkpoint, files=files, images=images, **others)
@@ -80,7 +86,9 @@ class PrecisionCase(Comparison):
     def build_alone(self, side: str) -> Predictor:
         config = load_config(self.config)
         if side in self.files:
-            return Predictor(config, self.files[side], self.device, self.aug_test)
+            path, runtime = self.files[side]
+            config.model.test_cfg = {**(config.model.get('test_cfg') or {}), **FILE_RUNTIMES[runtime]}
+            return Predictor(config, path, self.device, self.aug_test)
         return Predictor(config, self.checkpoint, self.device, self.aug_test, **OPTIONS[side])
 
     def inputs(self, model: Predictor) -> '_Images':
