@@ -168,8 +168,10 @@ def test_missing_and_unknown_weights_are_named(official, tmp_path):
     torch.save({k: v for k, v in official.items() if not k.startswith('norm.')}, tmp_path / 'nonorm.pth')
     with pytest.raises(CheckpointError, match=r'2 missing: norm\.weight, norm\.bias'):
         load(tmp_path / 'nonorm.pth')
-    with pytest.raises(CheckpointError, match=r'conv\.0\.weight is \(64, 3, 7, 7\), expected \(64, 4, 7, 7\)'):
-        torch.save(official, tmp_path / 'rgb.pth')
+    stem = torch.zeros(64, 5, 7, 7)
+    torch.save({**official, 'patch_embed.conv.0.weight': stem}, tmp_path / 'five.pth')
+    with pytest.raises(CheckpointError, match=r'conv\.0\.weight is \(64, 5, 7, 7\), expected \(64, 4, 7, 7\)'):
+        load(tmp_path / 'five.pth', in_channels=4)
         load(tmp_path / 'rgb.pth', in_channels=4)
 
 
