@@ -129,8 +129,8 @@ def _start_openvino(path: str, device: torch.device, threads: int) -> _Started:
         part = openvino.Model([model.output(name) for name in names], model.get_parameters())
         try:
             return core.compile_model(part, 'CPU', {**options, 'INFERENCE_PRECISION_HINT': hints[precision]})
-        except RuntimeError as error:  # such as an int8 file in bfloat16
-            raise ConfigError(f'OpenVINO cannot run {path} in {precision} on this CPU') from error
+        except RuntimeError:  # such as an int8 file in bfloat16; its text names C++ files alone
+            raise ConfigError(f'OpenVINO cannot run {path} in {precision} on this CPU; leave out --precision') from None
 
     def run(image: np.ndarray, names: list[str]) -> list[np.ndarray]:
         precision = _precision('cpu')
