@@ -78,7 +78,7 @@ class Annotations:
         classes: names in the order of the annotation.
         items: its images.
         palette: colours that the annotation gives to classes.
-            background: what uncovered pixels are called; None if the format has none.
+        background: what uncovered pixels are called; None if the format has none.
         notes: what the reader met.
     """
 
