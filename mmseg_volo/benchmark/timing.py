@@ -115,7 +115,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        # Not the default, which would end the process if an alarm is still on its way to another thread.
+        signal.signal(signal.SIGALRM, before if callable(before) else signal.SIG_IGN)
 
 
 def reason_of(error: Exception) -> str:
