@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmseg_volo.config_check import check_config, check_model
 from mmseg_volo.errors import ConfigError
 
-OURS = sorted((Path(__file__).resolve().parents[2] / 'configs').glob('*.py'))
+OURS = sorted(p for p in (Path(__file__).resolve().parents[2] / 'configs').rglob('*.py') if '_base_' not in p.parts)
 ZOO = Path(mmseg.__file__).parent / '.mim/configs'
 LEAVES = sorted(path for path in ZOO.rglob('*.py') if '_base_' not in path.parts)
 NO_SIZE = 'neither of size and size_divisor set'  # stack_batch raises AssertionError
