@@ -30,8 +30,8 @@ model = dict(
         loss_decode={{_base_.model.decode_head.loss_decode}},
     ),
 )
-max_iters = 658
-warmup_iters = max(20, max_iters // 12)
+max_iters = 940
+warmup_iters = max_iters // 12
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=warmup_iters),
     dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=warmup_iters, end=max_iters),

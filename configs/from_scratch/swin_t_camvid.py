@@ -13,8 +13,8 @@ model = dict(
     ),
     decode_head=dict(type='UPerHead', in_channels=[96, 192, 384, 768], channels=512),
 )
-max_iters = 182
-warmup_iters = max(20, max_iters // 12)
+max_iters = 308
+warmup_iters = max_iters // 12
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=warmup_iters),
     dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=warmup_iters, end=max_iters),

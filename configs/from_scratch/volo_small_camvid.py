@@ -11,7 +11,7 @@ model = dict(
     decode_head=dict(in_channels=[96, 192, 192, 192], channels=64),
 )
 train_dataloader = dict(batch_size=4)
-max_iters = 2300
+max_iters = 2950
 warmup_iters = max_iters // 12
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, by_epoch=False, begin=0, end=warmup_iters),
