@@ -49,8 +49,8 @@ def export_model(
         format: 'onnx' (opset 17) or 'pt2' (:func:`torch.export.save`).
         size: (height, width) of the input in pixels; default: that of the test windows or training crops in the config.
         dynamic: accept all heights and widths that are multiples of 16. The batch size is always open.
-        precision: 'fp32', 'fp16' for weights and arithmetic, or for an ONNX file 'int8'; inputs
-            and outputs stay float32.
+        precision: 'fp32', 'fp16' for weights and arithmetic, or for an ONNX file 'int8'; inputs and outputs stay
+            float32.
         preprocess: normalise in the file; see :class:`~mmseg_volo.export.network.ExportNetwork`.
         output: 'logits' or 'classes'; see :class:`~mmseg_volo.export.network.ExportNetwork`.
         pictures: image files, folders or patterns for the comparison; default: the test data of the config.
@@ -107,11 +107,12 @@ def export_model(
         images, source = sample_images(config, pictures)
         print_log(f'comparing on {len(images)} {source}', logger='current')
         judge(compare(run, about, segmentor, images, sizes_to_check(size, dynamic)), precision)
-        if format == 'onnx' and (why := why_no_tensorrt()):
-            print_log(f'TensorRT engine: not run, because {why}', logger='current')
-        elif format == 'onnx':
-            run = open_onnx(written, 'cuda', runtime='tensorrt')[0]
-            judge(compare(run, about, segmentor, images, [size]), 'fp16', 'TensorRT engine')  # it computes in TF32
+        if format == 'onnx':
+            if why := why_no_tensorrt():
+                print_log(f'TensorRT engine: not run, because {why}', logger='current')
+            else:
+                run = open_onnx(written, 'cuda', runtime='tensorrt')[0]
+                judge(compare(run, about, segmentor, images, [size]), 'fp16', 'TensorRT engine')  # it computes in TF32
         if int8:
             del segmentor, twin, network, run  # room for the calibration
             print_log(f'quantizing to int8, calibrated on {len(to_calibrate)} {source_of_these}', logger='current')

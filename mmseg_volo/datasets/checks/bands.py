@@ -100,27 +100,27 @@ def odd_files(split: str, infos: Mapping[str, BandsInfo], chosen: Sequence[int] 
         infos: what each file has.
         chosen: the argument ``bands`` of LoadBands.
     """
-    found = []
-    for name, kind, remedy, fault in (
-        (
-            'bands',
-            'bands of an image',
-            'choose bands with LoadBands(bands=(...)), or take the file out',
-            chosen is None,
-        ),
-        ('dtype', 'values of an image', 'one mean and std hold only for files of one kind: convert the file', False),
-    ):
-        counts = Counter(getattr(info, name) for info in infos.values())
-        if len(counts) < 2 or (name == 'bands' and chosen is not None):
-            continue
+
+    def differing(kind: str, values: Mapping[str, object], problem: str, remedy: str, fault: bool) -> Iterator[Finding]:
+        counts = Counter(values.values())
         usual, number = counts.most_common(1)[0]
-        for path, info in infos.items():
-            if (value := getattr(info, name)) != usual:
-                if name == 'bands':
-                    problem = f'it has {value} bands, and {number} other images have {usual}'
-                else:
-                    problem = f'its values are {value}, and those of {number} other images {usual}'
-                found.append(Finding(split, kind, path, problem, remedy, fault))
+        for path, value in values.items():
+            if value != usual:
+                told = problem.format(value=value, number=number, usual=usual)
+                yield Finding(split, kind, path, told, remedy, fault)
+
+    if not infos:
+        return []
+    found = []
+    if chosen is None:
+        problem = 'it has {value} bands, and {number} other images have {usual}'
+        remedy = 'choose bands with LoadBands(bands=(...)), or take the file out'
+        bands = {path: info.bands for path, info in infos.items()}
+        found += differing('bands of an image', bands, problem, remedy, fault=True)
+    problem = 'its values are {value}, and those of {number} other images {usual}'
+    remedy = 'one mean and std hold only for files of one kind: convert the file'
+    dtypes = {path: info.dtype for path, info in infos.items()}
+    found += differing('values of an image', dtypes, problem, remedy, fault=False)
     return found
 
 
