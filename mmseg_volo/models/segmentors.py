@@ -171,8 +171,7 @@ class StreamingEncoderDecoder(EncoderDecoder):
         view = view_of(
             self, SegDataSample(metainfo=dict(ori_shape=size)), *prepared_crops(self.data_preprocessor, size, read)
         )
-        if by_rows:
-            view = View(view.crop, view.rows, view.columns, transposed=False)
+        view = View(view.crop, view.rows, view.columns, False if by_rows else None, known={})
         yield from tiles_of_one(self, self.network, view)
 
     @same_result

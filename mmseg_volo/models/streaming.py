@@ -185,6 +185,8 @@ class View:
         crop: returns the preprocessed window (channels, height, width) at ``(top, left, height, width)``.
         rows, columns: the view's axes.
         transposed: walk along the columns; default: if the result is wider than high.
+        known: keeps the logits of the last windows in which all pixels were equal, as where a scene has no data, so
+            that they are computed once. It is for windows from a file: to look at the pixels is to wait for a GPU.
 
     Attributes:
         shape: (height, width) of the result.
@@ -198,8 +200,9 @@ class View:
         rows: Axis,
         columns: Axis,
         transposed: bool | None = None,
+        known: dict[tuple, Tensor] | None = None,
     ):
-        self.crop, self.rows, self.columns = crop, rows, columns
+        self.crop, self.rows, self.columns, self.known = crop, rows, columns, known
         self.shape = rows.out, columns.out
         self.transposed = columns.out > rows.out if transposed is None else transposed
         self.along, self.across = (columns, rows) if self.transposed else (rows, columns)

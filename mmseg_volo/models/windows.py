@@ -144,7 +144,7 @@ class WindowNetwork:
                 size = self._batch(shape)
                 batch, windows = windows[:size], windows[size:]
                 try:
-                    logits = self.run([view.window(i, j) for view, i, j in batch])
+                    logits = self._logits([view.window(i, j) for view, i, j in batch], batch[0][0].known)
                 except torch.cuda.OutOfMemoryError:
                     if self.graphs.clear():  # retry first without the memory of graphs, then with fewer windows
                         self.graphs.refused, self._uses_graphs, self._weights = True, False, None
@@ -167,6 +167,19 @@ class WindowNetwork:
             pixels = _BATCH_PIXELS.get(self.device.type, _BATCH_PIXELS['cuda'])
             size = max(pixels // (shape[0] * shape[1]), 1)
         return min(size, self._fits.get(shape, size))
+
+    def _logits(self, windows: Sequence[Tensor], known: dict[tuple, Tensor] | None) -> Tensor:
+        """As :meth:`run`, but with ``known``, see :class:`View`, a batch of one colour is computed only once."""
+        if known is None:
+            return self.run(windows)
+        first = windows[0][:, :1, :1]
+        if not all((window == first).all() for window in windows):
+            return self.run(windows)
+        key = len(windows), windows[0].shape, *first.flatten().tolist()
+        if key not in known:
+            known.clear()  # a scene with many colours does not fill the memory
+            known[key] = self.run(windows).clone()
+        return known[key]
 
     def run(self, windows: Sequence[Tensor]) -> Tensor:
         """Logits of preprocessed windows, each (3, height, width), of one shape; call it within :meth:`running`.

@@ -115,6 +115,20 @@ def test_result_is_that_of_the_whole_image(name, predictor, tmp_path, monkeypatc
     assert all(one[~empty].mean() <= (0 if exact else 1e-3) for one in differ)
 
 
+def test_windows_without_data_are_computed_once(predictor, tmp_path, monkeypatch):
+    bands = scene(1, (4, 330, 208)) + 1
+    bands[:, :200] = 0
+    path = write_tiff(tmp_path / 's.tif', bands, crs='EPSG:32633', transform=ROTATED, nodata=0, **TILES)
+    expected = predictor.predict(predictor.prepare(path)).classes
+    network, computed = predictor.model.network, []
+    monkeypatch.setattr(network, 'run', lambda windows: computed.append(windows) or type(network).run(network, windows))
+    monkeypatch.setitem(predictor.model.test_cfg, 'window_batch', 1)
+    found = predict(predictor, path, tmp_path / 'out')
+    # 8 windows (of 64, stride 43) fit along the scene, of which 4 begin and end without data, and 3 across it.
+    assert len(computed) == 4 * 3 + 1
+    assert np.array_equal(found[200:], expected[200:]) and (found[:200] == 255).all()
+
+
 def test_the_georeference_and_the_colours_stay(predictor, tmp_path):
     path = write_tiff(tmp_path / 's.tif', scene(1, (4, 70, 90)), crs='EPSG:32633', transform=ROTATED)
     predict(predictor, path, tmp_path / 'out')
