@@ -5,6 +5,7 @@ model = dict(
     backbone=dict(_delete_=True, type='TIMMBackbone', model_name='convnext_tiny', features_only=True, pretrained=False),
     decode_head=dict(type='UPerHead', in_channels=[96, 192, 384, 768], channels=512),
 )
+optim_wrapper = dict(optimizer=dict(lr=3e-4))
 max_iters = 343
 warmup_iters = max_iters // 12
 param_scheduler = [

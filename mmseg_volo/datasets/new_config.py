@@ -25,7 +25,7 @@ _LAPTOP = 320  # longer side of images for training on a CPU
 # 1.1 where the fused kernels do not run.
 _PER_CROP, _FIXED, _MOST_CROPS = 1.1, 2.0, 16
 
-_HEAD = '''"""VOLO-D1 + UperNet on {root}.
+_HEAD = '''"""{network} + UperNet on {root}.
 
 Written by tools/prepare_data.py for {device} and {counts}.
 python tools/train.py {path} --amp
@@ -216,21 +216,20 @@ def _text(path, root, classes, palette, usual, splits, memory, bases) -> str:
         crop = _sixteens(height, _CROP), _sixteens(width, _CROP)
         crops = (memory - _FIXED) / (_PER_CROP * crop[0] * crop[1] / _CROP**2)
         batch = next((size for size in (16, 8, 4, 2) if size <= crops), 2)
-        device, base, ratios, scales = (
-            f'a GPU of {memory:.0f} GB',
-            'volo_d1_camvid.py',
-            (0.5, 2.0),
-            (0.75, 1, 1.25, 1.5, 1.75),
-        )
+        network, base, device = 'VOLO-D1', 'volo_d1_camvid.py', f'a GPU of {memory:.0f} GB'
+        ratios, scales = (0.5, 2.0), (0.75, 1, 1.25, 1.5, 1.75)
     else:
-        crop, batch = (_sixteens(0.72 * height), _sixteens(0.72 * width)), 8
-        device, base, ratios, scales = 'a CPU', 'volo_d1_camvid_laptop.py', (0.75, 1.2), (0.75, 0.9, 1, 1.2, 1.35)
+        # What learnt most in ten minutes on two cores (docs/benchmarks.md).
+        crop, batch = (_sixteens(0.72 * height), _sixteens(0.72 * width)), 4
+        network, base, device = 'A small VOLO', 'from_scratch/volo_small_camvid.py', 'a CPU'
+        ratios, scales = (0.75, 1.2), (0.75, 0.9, 1, 1.2, 1.35)
     slide = memory and (width > crop[1] or height > crop[0])
     model = _LAPTOP_MODEL
     if memory:
         stride = crop[0] * 2 // 3, crop[1] * 2 // 3
         model = _GPU_MODEL.format(test_cfg=_SLIDE.format(stride=stride) if slide else '')
     head = _HEAD.format(
+        network=network,
         root=root.rstrip('/'),
         counts=', '.join(f'{len(found.images)} {split} images' for split, found in splits.items()),
         device=device,
